@@ -1,0 +1,131 @@
+"""MNIST and the generator that cuts it into batches: NumPy only, so worker processes stay light.
+
+Images and labels: Y. LeCun, C. Cortes, C. J. C. Burges, "The MNIST database of handwritten digits",
+licensed CC BY-SA 3.0. `mnist.npz` holds all 70,000 of them, unchanged, as uint8.
+"""
+
+from collections.abc import Callable, Iterator
+from functools import lru_cache
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+Batch = tuple[np.ndarray, np.ndarray]
+
+
+class Mnist(NamedTuple):
+    """uint8 arrays: images `[60000 or 10000, 28, 28]`, labels `[60000 or 10000]`, read-only."""
+
+    x_train: np.ndarray
+    y_train: np.ndarray
+    x_test: np.ndarray
+    y_test: np.ndarray
+
+
+@lru_cache(maxsize=1)
+def load_mnist() -> Mnist:
+    """All 60,000 training and 10,000 test digits, from the file that ships with the package."""
+    with np.load(Path(__file__).with_name("mnist.npz")) as archive:
+        mnist = Mnist(*(archive[name] for name in Mnist._fields))
+    for array in mnist:
+        array.flags.writeable = False  # one cached copy serves every caller
+    return mnist
+
+
+class MnistDataGenerator:
+    """Batches of MNIST, with the heavy work of a real input pipeline as a part passed in.
+
+    Every iterator yields `(images, labels)`: float32 in 0..1 `[batch, 28, 28, 1]`, and one-hot
+    float32 `[batch, 10]`. Samples are kept as uint8 and converted batch by batch (47 MB instead of
+    the 376 MB of float64). Each method named `..._iterator` is an iterator factory that a
+    `QueueRunner` takes as it is.
+
+    Args:
+        batch_size: samples per batch, 1 to 60,000. Default 32.
+        work: called as `work(images, labels)` for each training batch, returns the batch to
+            deliver; see `labkit.workloads`. Default: none.
+        seed: fixes the order. The stream of each worker depends on the seed and on the worker's
+            index, and no two are the same.
+        data: a `Mnist`-like tuple of uint8 arrays; default `load_mnist()`.
+
+    Raises:
+        ValueError: batch_size out of range, work not callable, or images and labels that differ
+            in length.
+    """
+
+    def __init__(
+        self,
+        batch_size: int = 32,
+        work: Callable[[np.ndarray, np.ndarray], Batch] | None = None,
+        seed: int = 0,
+        data: Mnist | None = None,
+    ) -> None:
+        self.data = load_mnist() if data is None else Mnist(*data)
+        for x, y in ((self.data.x_train, self.data.y_train), (self.data.x_test, self.data.y_test)):
+            if len(x) != len(y):
+                raise ValueError(
+                    f"MnistDataGenerator: expected as many images as labels, got {len(x)} images "
+                    f"and {len(y)} labels. Pass arrays of the same length."
+                )
+        n = len(self.data.x_train)
+        if not isinstance(batch_size, (int, np.integer)) or not 1 <= batch_size <= n:
+            raise ValueError(
+                f"MnistDataGenerator: batch_size must be an integer from 1 to {n} "
+                f"(the training samples), got {batch_size!r}."
+            )
+        if work is not None and not callable(work):
+            raise ValueError(
+                f"MnistDataGenerator: work must be callable as work(images, labels), got {work!r}. "
+                "To sleep 0.05 s a batch, pass labkit.workloads.sleep(0.05)."
+            )
+        self.batch_size, self.work, self.seed = int(batch_size), work, seed
+
+    def train_iterator(self, worker: int = 0) -> Iterator[Batch]:
+        """Endless: windows of consecutive samples from random starts, with replacement.
+
+        This is the article's iterator. An "epoch" of it repeats some samples and misses others.
+        """
+        rng = np.random.default_rng([self.seed, worker])
+        while True:
+            start = int(rng.integers(len(self.data.x_train) - self.batch_size + 1))
+            yield self._train_batch(slice(start, start + self.batch_size))
+
+    def epoch_iterator(
+        self, worker: int = 0, n_workers: int = 1, epoch: int = 0
+    ) -> Iterator[Batch]:
+        """Finite: every training sample exactly once over all `n_workers`, shuffled.
+
+        Worker `worker` of `n_workers` yields its share; the shares are disjoint and together are
+        the whole training set. The last batch of a share may be smaller. Another `epoch` number
+        gives another order.
+        """
+        if not 0 <= worker < n_workers:
+            raise ValueError(
+                f"epoch_iterator: worker must be from 0 to n_workers - 1 = {n_workers - 1}, "
+                f"got {worker}."
+            )
+        order = np.random.default_rng([self.seed, epoch]).permutation(len(self.data.x_train))
+        share = order[worker::n_workers]
+        for start in range(0, len(share), self.batch_size):
+            yield self._train_batch(share[start : start + self.batch_size])
+
+    def test_iterator(self) -> Iterator[Batch]:
+        """Finite: the real test set in order, every sample once, the smaller last batch included."""
+        for start in range(0, len(self.data.x_test), self.batch_size):
+            part = slice(start, start + self.batch_size)
+            yield self._convert(self.data.x_test[part], self.data.y_test[part])
+
+    def _train_batch(self, part: slice | np.ndarray) -> Batch:
+        batch = self._convert(self.data.x_train[part], self.data.y_train[part])
+        return batch if self.work is None else self.work(*batch)
+
+    @staticmethod
+    def _convert(x: np.ndarray, y: np.ndarray) -> Batch:
+        images = x[..., np.newaxis].astype(np.float32) / np.float32(255)
+        return images, np.eye(10, dtype=np.float32)[y]
+
+    def __reduce__(self) -> tuple:
+        # The standard data travels to worker processes once, as shared memory, not as a file read
+        # in each of them: see workers.py. Defining this keeps the writeable flag out of the pickle.
+        return type(self), (self.batch_size, self.work, self.seed, tuple(self.data))

@@ -1,0 +1,827 @@
+"""Runs iterators in threads or processes, hands their batches on, and carries errors back.
+
+A pool has one interface, whatever its workers are: `set_active(k)` starts them, `get(timeout)`
+returns the next message, `release(chunk)` gives a chunk's place back, `stop()` ends them all.
+A worker has two or more places for chunks; with all of them taken, it waits. No TensorFlow here.
+"""
+
+import contextlib
+import inspect
+import json
+import mmap
+import os
+import pickle
+import queue
+import selectors
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from multiprocessing.connection import Connection
+from typing import Any
+
+import numpy as np
+
+Arrays = list[np.ndarray]
+_THREAD_PLACES = 2
+_RING_BYTES = 8 << 20
+_NEXT_EPOCH = 255
+_OUT_OF_BAND = 1 << 16
+
+
+class WorkerError(RuntimeError):
+    """What went wrong in a worker; `worker` is its number. The cause, if any, is `__cause__`."""
+
+    worker: int | None = None
+
+
+class BatchError(ValueError):
+    """A batch that does not fit the spec; the message names what came and what was expected."""
+
+
+@dataclass(frozen=True)
+class Component:
+    """One array of a batch, without its batch axis: name, shape per sample, dtype."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: np.dtype
+
+    @property
+    def is_text(self) -> bool:
+        return self.dtype.kind in "SUO"
+
+
+@dataclass(frozen=True)
+class Spec:
+    """The structure of a batch (nested tuples and dicts) with a `Component` at each leaf."""
+
+    structure: Any
+
+    @classmethod
+    def of(cls, batch: Any) -> "Spec":
+        """Reads the spec off a batch. Raises BatchError if it is no batch at all."""
+
+        def describe(name: str, leaf: Any) -> Component:
+            array = np.asarray(leaf)
+            if array.ndim == 0:
+                raise BatchError(
+                    f"delivered {name} = {_short(leaf)}, expected an array whose first axis is the "
+                    "batch. Yield tuples or dicts of arrays, such as (images, labels)."
+                )
+            return Component(name, array.shape[1:], np.dtype(array.dtype))
+
+        return cls(_walk(batch, describe))
+
+    @property
+    def components(self) -> list[Component]:
+        found: list[Component] = []
+        _walk(self.structure, lambda _, leaf: found.append(leaf))
+        return found
+
+    @property
+    def bytes_per_sample(self) -> int:
+        return sum(c.dtype.itemsize * int(np.prod(c.shape)) for c in self.components)
+
+    def flatten(self, batch: Any) -> Arrays:
+        """The batch's arrays in order. Raises BatchError where they do not fit this spec."""
+        arrays: Arrays = []
+
+        def take(want: Any, got: Any, name: str) -> None:
+            if isinstance(want, dict):
+                if not isinstance(got, dict) or set(got) != set(want):
+                    shown = f"the keys {sorted(map(str, got))}" if isinstance(got, dict) else _short(got)
+                    raise BatchError(
+                        f"delivered {shown}, expected a dict with the keys "
+                        f"{sorted(map(str, want))} as in the first batch. "
+                        "Yield the same keys every time."
+                    )
+                for key, part in want.items():
+                    take(part, got[key], _join(name, key))
+            elif isinstance(want, tuple):
+                if not isinstance(got, tuple) or len(got) != len(want):
+                    shown = f"a tuple of {len(got)}" if isinstance(got, tuple) else _short(got)
+                    raise BatchError(
+                        f"delivered {shown}, expected a tuple of {len(want)} as in the first "
+                        "batch. Yield the same structure every time."
+                    )
+                for index, part in enumerate(want):
+                    take(part, got[index], _join(name, index))
+            else:
+                arrays.append(_check(want, got))
+
+        take(self.structure, batch, "")
+        sizes = {c.name: len(a) for c, a in zip(self.components, arrays, strict=True)}
+        if len(set(sizes.values())) > 1:
+            raise BatchError(
+                f"delivered arrays of different length, {sizes}, expected one length for all. "
+                "The first axis counts the samples of the batch."
+            )
+        return arrays
+
+    def pack(self, parts: Iterable[Any]) -> Any:
+        """Puts one thing per component back into the batch's structure."""
+        rest = iter(parts)
+        return _walk(self.structure, lambda _, __: next(rest))
+
+
+def _walk(node: Any, visit: Callable[[str, Any], Any], name: str = "") -> Any:
+    if isinstance(node, dict):
+        return {key: _walk(part, visit, _join(name, key)) for key, part in node.items()}
+    if isinstance(node, tuple):
+        return tuple(_walk(part, visit, _join(name, i)) for i, part in enumerate(node))
+    return visit(name or "0", node)
+
+
+def _join(name: str, key: object) -> str:
+    return f"{name}.{key}" if name else str(key)
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return f"{type(value).__name__} {text if len(text) < 60 else text[:57] + '...'}"
+
+
+def _check(want: Component, got: Any) -> np.ndarray:
+    array = np.asarray(got)
+    same_type = array.dtype == want.dtype or (want.is_text and array.dtype.kind in "SUO")
+    if array.shape[1:] == want.shape and array.ndim > 0 and same_type:
+        return array
+    shape = "(" + ", ".join(["n", *map(str, want.shape)]) + ("," if not want.shape else "") + ")"
+    if not same_type:
+        raise BatchError(
+            f"delivered component '{want.name}' with dtype {array.dtype}, expected {want.dtype} as "
+            f"in the first batch or the given spec. Convert it with .astype('{want.dtype}')."
+        )
+    if array.ndim == len(want.shape) and want.shape[-1:] == (1,):
+        cure = "Add the channel axis in your generator."
+    else:
+        cure = "Yield the same shape per sample every time, or pad to it."
+    raise BatchError(
+        f"delivered component '{want.name}' with shape {array.shape}, expected {shape} as in the "
+        f"first batch or the given spec. {cure}"
+    )
+
+
+@dataclass
+class Chunk:
+    """Arrays that a worker delivered; give the place back with `pool.release(chunk)`."""
+
+    worker: int
+    arrays: Arrays
+    place: int = 0
+
+
+@dataclass
+class Failed:
+    """A worker's iterator raised; `text` is its traceback, `error` the exception if it is at hand."""
+
+    worker: int
+    summary: str
+    text: str
+    error: BaseException | None = None
+
+
+@dataclass
+class Died:
+    """A worker process ended without a word; `how` names the signal or the exit status."""
+
+    worker: int
+    how: str
+
+
+@dataclass
+class Ended:
+    """A worker's iterator is exhausted; it waits for the next epoch or for the stop."""
+
+    worker: int
+
+
+Message = Chunk | Failed | Died | Ended
+
+
+class IteratorFactory:
+    """The user's factory, called with those of worker, n_workers and epoch that it has names for."""
+
+    def __init__(self, factory: Callable[..., Iterable[Any]], n_workers: int) -> None:
+        if not callable(factory):
+            raise TypeError(
+                f"QueueRunner: iterator must be a function that returns a new iterator, "
+                f"got {_short(factory)}. Pass the function itself, without calling it: "
+                "QueueRunner(data.train_iterator), or lambda: iter(your_object)."
+            )
+        self.factory, self.n_workers = factory, n_workers
+        try:
+            names = set(inspect.signature(factory).parameters)
+        except (TypeError, ValueError):
+            names = set()
+        self.names = names & {"worker", "n_workers", "epoch"}
+
+    @property
+    def shards(self) -> bool:
+        return "n_workers" in self.names
+
+    def __call__(self, worker: int, epoch: int) -> Iterator[Any]:
+        known = {"worker": worker, "n_workers": self.n_workers, "epoch": epoch}
+        made = self.factory(**{name: known[name] for name in self.names})
+        try:
+            return iter(made)
+        except TypeError:
+            raise TypeError(
+                f"the iterator factory returned {_short(made)}, expected an iterator of batches."
+            ) from None
+
+
+@dataclass
+class _Place:
+    taken: int = 0
+    since: float = field(default_factory=time.monotonic)
+    held: list[int] = field(default_factory=list)
+    ended: bool = False
+
+
+class Pool:
+    """What thread and process workers share: who is active, who is waiting, who is late."""
+
+    def __init__(self, factory: IteratorFactory, spec: Spec | None = None) -> None:
+        self.factory, self.spec = factory, spec
+        self.n_workers = factory.n_workers
+        self.active = 0
+        self._states: list[_Place] = []
+
+    def set_active(self, count: int) -> None:
+        """Lets workers 0 to count - 1 produce, starting those not yet started; others pause."""
+        self.active = count
+        while len(self._states) < count:
+            self._states.append(_Place())
+            self._start(len(self._states) - 1)
+        for worker, state in enumerate(self._states[:count]):
+            while state.held:
+                self._free(worker, state.held.pop())
+
+    def get(self, timeout: float) -> Message | None:
+        """The next message of any worker, or None after `timeout` seconds."""
+        message = self._receive(timeout)
+        if message is not None:
+            state = self._states[message.worker]
+            state.since = time.monotonic()
+            state.taken += isinstance(message, Chunk)
+            state.ended = not isinstance(message, Chunk)
+        return message
+
+    def release(self, chunk: Chunk) -> None:
+        state = self._states[chunk.worker]
+        state.taken -= 1
+        state.since = time.monotonic()
+        if chunk.worker < self.active:
+            self._free(chunk.worker, chunk.place)
+        else:
+            state.held.append(chunk.place)
+
+    def late(self, timeout: float) -> int | None:
+        """A worker that has been inside its iterator for more than `timeout` seconds, if any."""
+        for worker, state in enumerate(self._states[: self.active]):
+            idle = state.ended or state.taken >= self._places(worker)
+            if not idle and time.monotonic() - state.since > timeout:
+                return worker
+        return None
+
+    def next_epoch(self) -> None:
+        for worker, state in enumerate(self._states):
+            state.ended, state.since = False, time.monotonic()
+            self._go(worker)
+
+    def where(self, worker: int) -> str:
+        """The lines of the user's code that a worker is in now."""
+        raise NotImplementedError
+
+    def stop(self, timeout: float = 2.0) -> list[str]:
+        """Ends every worker; returns a line for each that is still running after `timeout` s."""
+        raise NotImplementedError
+
+    def _start(self, worker: int) -> None:
+        raise NotImplementedError
+
+    def _receive(self, timeout: float) -> Message | None:
+        raise NotImplementedError
+
+    def _free(self, worker: int, place: int) -> None:
+        raise NotImplementedError
+
+    def _go(self, worker: int) -> None:
+        raise NotImplementedError
+
+    def _places(self, worker: int) -> int:
+        raise NotImplementedError
+
+
+class ThreadPool(Pool):
+    """Workers as threads of this process: cheap, and enough for iterators that wait."""
+
+    def __init__(self, factory: IteratorFactory, spec: Spec | None = None) -> None:
+        super().__init__(factory, spec)
+        self._messages: queue.SimpleQueue[Message] = queue.SimpleQueue()
+        self._free_places: list[threading.Semaphore] = []
+        self._epochs: list[threading.Semaphore] = []
+        self._threads: list[threading.Thread] = []
+        self._stopping = False
+
+    def _start(self, worker: int) -> None:
+        self._free_places.append(threading.Semaphore(_THREAD_PLACES))
+        self._epochs.append(threading.Semaphore(0))
+        thread = threading.Thread(
+            target=self._work, args=(worker,), name=f"labkit worker {worker}", daemon=True
+        )
+        self._threads.append(thread)
+        thread.start()
+
+    def _work(self, worker: int) -> None:
+        epoch = 0
+        try:
+            while not self._stopping:
+                for batch in self.factory(worker, epoch):
+                    if self.spec is None:
+                        self.spec = Spec.of(batch)
+                    arrays = self.spec.flatten(batch)
+                    self._free_places[worker].acquire()
+                    if self._stopping:
+                        return
+                    self._messages.put(Chunk(worker, arrays))
+                self._messages.put(Ended(worker))
+                self._epochs[worker].acquire()
+                epoch += 1
+        except BaseException as error:
+            if not self._stopping:
+                self._messages.put(Failed(worker, *_describe(error), error))
+
+    def _receive(self, timeout: float) -> Message | None:
+        try:
+            return self._messages.get(timeout=timeout)
+        except queue.Empty:
+            return None
+
+    def _free(self, worker: int, place: int) -> None:
+        self._free_places[worker].release()
+
+    def _go(self, worker: int) -> None:
+        self._epochs[worker].release()
+
+    def _places(self, worker: int) -> int:
+        return _THREAD_PLACES
+
+    def where(self, worker: int) -> str:
+        frame = sys._current_frames().get(self._threads[worker].ident or 0)
+        if frame is None:
+            return "it has ended\n"
+        return "".join(_own_frames_left_out(traceback.extract_stack(frame)).format())
+
+    def stop(self, timeout: float = 2.0) -> list[str]:
+        self._stopping = True
+        for semaphore in self._free_places + self._epochs:
+            semaphore.release()
+        deadline = time.monotonic() + timeout
+        for thread in self._threads:
+            thread.join(max(0.0, deadline - time.monotonic()))
+        left = [i for i, thread in enumerate(self._threads) if thread.is_alive()]
+        return [f"worker {i} is still in your iterator:\n{self.where(i)}" for i in left]
+
+
+def _describe(error: BaseException) -> tuple[str, str]:
+    """One line that names the error, and its traceback without labkit's own frames."""
+    name = type(error).__name__
+    summary = str(error) if isinstance(error, BatchError) else f"raised {name}: {error}"
+    stack = traceback.TracebackException.from_exception(error)
+    stack.stack = _own_frames_left_out(stack.stack)
+    return summary, "".join(stack.format())
+
+
+def _own_frames_left_out(stack: traceback.StackSummary) -> traceback.StackSummary:
+    own = {__file__, threading.__file__}
+    kept = [frame for frame in stack if frame.filename not in own]
+    return traceback.StackSummary.from_list(kept or list(stack))
+
+
+class ProcessPool(Pool):
+    """Workers as fresh Python interpreters, for iterators that hold the lock (GIL).
+
+    The factory travels by cloudpickle, with arrays of 64 KB and more in one shared, copy-on-write
+    memory; batches come back through a ring of shared memory per worker. Workers import neither
+    TensorFlow nor the main script, unless the factory itself does.
+
+    Raises:
+        TypeError: the factory, or something that it refers to, cannot be pickled.
+        OSError: this system has no Unix sockets, or too little shared memory.
+    """
+
+    def __init__(self, factory: IteratorFactory, spec: Spec | None = None) -> None:
+        super().__init__(factory, spec)
+        if os.name != "posix":
+            raise OSError("QueueRunner: workers='process' needs Linux or macOS. Use threads here.")
+        self._code, self._buffers, self._sizes = _pickle_factory(factory)
+        self._selector = selectors.DefaultSelector()
+        self._wake, self._woken = socket.socketpair()
+        self._selector.register(self._woken, selectors.EVENT_READ, None)
+        self._workers: list[_Process] = []
+
+    def _start(self, worker: int) -> None:
+        process = _Process(worker, self._code, self._buffers, self._sizes, self.spec)
+        self._workers.append(process)
+        self._selector.register(process.connection, selectors.EVENT_READ, process)
+
+    def _receive(self, timeout: float) -> Message | None:
+        deadline = time.monotonic() + timeout
+        while True:
+            left = deadline - time.monotonic()
+            for key, _ in self._selector.select(max(0.0, left)):
+                if key.data is None:
+                    return None
+                message = self._read(key.data)
+                if message is not None:
+                    return message
+            if left <= 0:
+                return None
+
+    def _read(self, process: "_Process") -> Message | None:
+        try:
+            message = process.read()
+        except (EOFError, OSError):
+            self._selector.unregister(process.connection)
+            return Died(process.index, process.ending())
+        if isinstance(message, Spec):
+            self.spec = self.spec or message
+            return None
+        return message
+
+    def _free(self, worker: int, place: int) -> None:
+        self._workers[worker].send(bytes([place]))
+
+    def _go(self, worker: int) -> None:
+        self._workers[worker].send(bytes([_NEXT_EPOCH]))
+
+    def _places(self, worker: int) -> int:
+        return self._workers[worker].places
+
+    def where(self, worker: int) -> str:
+        return self._workers[worker].where()
+
+    def stop(self, timeout: float = 2.0) -> list[str]:
+        with contextlib.suppress(OSError):
+            self._wake.send(b"x")
+        for process in self._workers:
+            process.connection.close()
+        deadline = time.monotonic() + timeout / 2
+        for process in self._workers:
+            process.end(deadline)
+        self._selector.close()
+        self._wake.close()
+        self._woken.close()
+        os.close(self._buffers)
+        return []
+
+
+def _pickle_factory(factory: IteratorFactory) -> tuple[bytes, int, list[int]]:
+    import cloudpickle
+
+    buffers: list[memoryview] = []
+
+    def keep(buffer: pickle.PickleBuffer) -> bool:
+        with contextlib.suppress(BufferError):
+            view = buffer.raw()
+            if view.nbytes >= _OUT_OF_BAND:
+                buffers.append(view)
+                return False
+        return True
+
+    try:
+        code = cloudpickle.dumps(factory, protocol=5, buffer_callback=keep)
+    except Exception as error:
+        raise TypeError(
+            f"QueueRunner: workers='process' must send the iterator factory to another process, and "
+            f"{_unpicklable(factory.factory)} cannot be pickled ({error}). Open it inside the "
+            "factory instead, or use workers='thread'."
+        ) from error
+    memory = shared_memory(sum(view.nbytes for view in buffers), "the arrays that the factory uses")
+    with os.fdopen(os.dup(memory), "wb") as file:
+        for view in buffers:
+            file.write(view)
+    return code, memory, [view.nbytes for view in buffers]
+
+
+def _unpicklable(thing: Any, name: str = "", depth: int = 0) -> str:
+    """The path to the innermost attribute, closure or global that cloudpickle refuses."""
+    import cloudpickle
+
+    name = name or getattr(thing, "__qualname__", type(thing).__name__)
+    parts: dict[str, Any] = dict(getattr(thing, "__dict__", {}))
+    function = getattr(thing, "__func__", thing)
+    if inspect.isfunction(function):
+        free = inspect.getclosurevars(function)
+        parts.update(free.nonlocals)
+        parts.update(free.globals)
+    if hasattr(thing, "__self__"):
+        parts["__self__"] = thing.__self__
+    for key, part in parts.items() if depth < 4 else ():
+        try:
+            cloudpickle.dumps(part)
+        except Exception:
+            inner = name if key == "__self__" else f"{name}.{key}"
+            return _unpicklable(part, inner, depth + 1)
+    return f"'{name}' ({type(thing).__name__})"
+
+
+def shared_memory(nbytes: int, purpose: str) -> int:
+    """A file descriptor of `nbytes` of nameless shared memory: gone when its last user is.
+
+    Raises MemoryError, with the numbers, if the system has too little.
+    """
+    if hasattr(os, "memfd_create"):
+        descriptor = os.memfd_create("labkit")
+    else:
+        folder = "/dev/shm" if os.path.isdir("/dev/shm") else None
+        descriptor, path = tempfile.mkstemp(prefix="labkit", dir=folder)
+        os.unlink(path)
+    if nbytes:
+        reserve_shared(descriptor, nbytes, purpose)
+    return descriptor
+
+
+def reserve_shared(descriptor: int, nbytes: int, purpose: str) -> None:
+    """Reserves the bytes now, because a page missing later would kill the process by SIGBUS."""
+    try:
+        if hasattr(os, "posix_fallocate"):
+            os.posix_fallocate(descriptor, 0, nbytes)
+        else:
+            os.ftruncate(descriptor, nbytes)
+    except OSError as error:
+        room = os.fstatvfs(descriptor)
+        free = room.f_bavail * room.f_frsize
+        raise MemoryError(
+            f"QueueRunner: expected {nbytes / 1e6:.1f} MB of shared memory for {purpose}, "
+            f"{free / 1e6:.1f} MB are free ({error.strerror}). Enlarge it (docker run "
+            "--shm-size), deliver smaller chunks, use fewer workers, or use workers='thread'."
+        ) from error
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """Where each component of a chunk lies in a place of the ring; places of equal size."""
+
+    rows: int
+    places: int
+    place_bytes: int
+    offsets: tuple[int, ...]
+
+    @classmethod
+    def of(cls, spec: Spec, rows: int) -> "_Layout":
+        end, offsets = 0, []
+        for component in spec.components:
+            offsets.append(end)
+            size = rows * component.dtype.itemsize * int(np.prod(component.shape))
+            end += -(-size // 64) * 64  # TensorFlow takes 64-byte-aligned arrays without a copy
+        places = int(np.clip(_RING_BYTES // max(end, 1), 3, 16))
+        return cls(rows, places, end, tuple(offsets))
+
+    @property
+    def nbytes(self) -> int:
+        return self.places * self.place_bytes
+
+    def views(self, ring: mmap.mmap, spec: Spec, place: int) -> Arrays:
+        """The arrays of one place, `rows` long, as views of the ring."""
+        return [
+            np.ndarray(
+                (self.rows, *component.shape),
+                component.dtype,
+                ring,
+                place * self.place_bytes + offset,
+            )
+            for component, offset in zip(spec.components, self.offsets, strict=True)
+        ]
+
+
+class _Process:
+    """The parent's side of one worker process."""
+
+    def __init__(
+        self, index: int, code: bytes, buffers: int, sizes: list[int], spec: Spec | None
+    ) -> None:
+        self.index, self.spec = index, spec
+        self.places = 1
+        self._views: list[Arrays] = []
+        self._lock = threading.Lock()
+        ours, theirs = socket.socketpair()
+        self.ring = shared_memory(0, "")
+        self.trace = shared_memory(0, "")
+        self.connection = Connection(ours.detach())
+        handles = [theirs.fileno(), self.ring, self.trace, buffers]
+        program = (
+            "import sys, json; a = json.loads(sys.argv[1]); sys.path[:] = a['path']; "
+            "from labkit.workers import worker_main; worker_main(*a['handles'])"
+        )
+        try:
+            self.process = subprocess.Popen(
+                [sys.executable, "-c", program, json.dumps({"path": sys.path, "handles": handles})],
+                pass_fds=handles,
+                stdin=subprocess.DEVNULL,
+                # A session of its own: Ctrl-C in the terminal is the parent's to handle.
+                start_new_session=True,
+                # One thread a worker: the workers are the parallelism.
+                env={"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", **os.environ},
+            )
+        except BaseException:
+            self.connection.close()
+            os.close(self.ring)
+            os.close(self.trace)
+            raise
+        finally:
+            theirs.close()
+        self.send(pickle.dumps((code, sizes, spec, index)))
+
+    def send(self, data: bytes) -> None:
+        with contextlib.suppress(OSError):  # a dead worker is reported where it is read from
+            self.connection.send_bytes(data)
+
+    def read(self) -> Message | Spec | None:
+        data = self.connection.recv_bytes()
+        if data[:1] == b"C":
+            place, rows = data[1], int.from_bytes(data[2:], "little")
+            views = self._views[place]
+            whole = rows == len(views[0])
+            return Chunk(self.index, views if whole else [view[:rows] for view in views], place)
+        kind, content = pickle.loads(data)
+        if kind == "first":
+            self.spec, rows = content
+            self._lay_out(rows)
+            return self.spec
+        if kind == "chunk":
+            return Chunk(self.index, content)
+        if kind == "failed":
+            return Failed(self.index, *content)
+        return Ended(self.index)
+
+    def _lay_out(self, rows: int) -> None:
+        assert self.spec is not None
+        layout = None
+        if not any(component.is_text for component in self.spec.components):
+            layout = _Layout.of(self.spec, max(rows, 1))
+            reserve_shared(self.ring, max(layout.nbytes, 1), f"worker {self.index}'s ring")
+            memory = mmap.mmap(self.ring, max(layout.nbytes, 1))
+            self._views = [
+                layout.views(memory, self.spec, place) for place in range(layout.places)
+            ]
+            self.places = layout.places
+        self.send(pickle.dumps(layout))
+
+    def ending(self) -> str:
+        """How the process ended, in words."""
+        try:
+            status = self.process.wait(1.0)
+        except subprocess.TimeoutExpired:
+            return "closed its connection and went on running"
+        if status < 0:
+            return f"was killed by signal {-status} ({signal.Signals(-status).name})"
+        return f"ended with exit status {status}"
+
+    def where(self) -> str:
+        os.ftruncate(self.trace, 0)
+        with contextlib.suppress(ProcessLookupError):
+            self.process.send_signal(signal.SIGUSR1)
+        deadline = time.monotonic() + 1.0
+        while not os.fstat(self.trace).st_size and time.monotonic() < deadline:
+            time.sleep(0.02)
+        time.sleep(0.02)
+        text = os.pread(self.trace, 1 << 16, 0).decode(errors="replace")
+        return text.lstrip("\0") or "(it did not answer)\n"
+
+    def end(self, deadline: float) -> None:
+        try:
+            self.process.wait(max(0.01, deadline - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+        self._views = []
+        os.close(self.ring)
+        os.close(self.trace)
+
+
+def worker_main(connection_fd: int, ring: int, trace: int, buffers: int) -> None:
+    """What a worker process runs: the iterator, and nothing that decides."""
+    import faulthandler
+
+    faulthandler.register(signal.SIGUSR1, trace, all_threads=False)
+    threading.Thread(target=_leave_with_parent, args=(connection_fd,), daemon=True).start()
+    worker = _Child(Connection(connection_fd), ring)
+    try:
+        try:
+            worker.run(*pickle.loads(worker.hear()), buffers)
+        except Exception as error:
+            worker.tell("failed", _describe(error))
+            while True:
+                worker.hear()
+    except _ParentGone:
+        pass
+
+
+class _ParentGone(BaseException):
+    """The parent hung up: the worker's only reason to end without a word."""
+
+
+def _leave_with_parent(descriptor: int) -> None:
+    import select
+
+    hung_up = select.poll()
+    hung_up.register(descriptor, 0)
+    hung_up.poll()
+    time.sleep(0.5)  # for the iterator's own clean-up
+    os._exit(0)
+
+
+class _Child:
+    """The worker's side: fills places of the ring and says so."""
+
+    def __init__(self, connection: Connection, ring: int) -> None:
+        self.connection, self.ring = connection, ring
+        self.spec: Spec | None = None
+        self.layout: _Layout | None = None
+        self.laid_out = False
+        self.views: list[Arrays] = []
+        self.free: list[int] = []
+        self.epochs = 0
+
+    def tell(self, kind: str, content: Any = None) -> None:
+        self.say(pickle.dumps((kind, content), protocol=5))
+
+    def say(self, data: bytes) -> None:
+        try:
+            self.connection.send_bytes(data)
+        except OSError:
+            raise _ParentGone from None
+
+    def hear(self) -> bytes:
+        try:
+            return self.connection.recv_bytes()
+        except (EOFError, OSError):
+            raise _ParentGone from None
+
+    def run(
+        self, code: bytes, sizes: list[int], spec: Spec | None, index: int, buffers: int
+    ) -> None:
+        self.spec = spec
+        factory = pickle.loads(code, buffers=_private_views(buffers, sizes))
+        for epoch in range(sys.maxsize):
+            for batch in factory(index, epoch):
+                self.spec = self.spec or Spec.of(batch)
+                self.deliver(self.spec, self.spec.flatten(batch))
+            self.tell("ended")
+            while self.epochs <= epoch:
+                self.listen()
+
+    def deliver(self, spec: Spec, arrays: Arrays) -> None:
+        rows = len(arrays[0])
+        if not self.laid_out:
+            self.lay_out(spec, rows)
+        if self.layout is None:
+            while not self.free:
+                self.listen()
+            self.tell("chunk", arrays)
+            self.free.pop()
+            return
+        for start in range(0, rows, self.layout.rows):
+            while not self.free:
+                self.listen()
+            place = self.free.pop()
+            count = min(self.layout.rows, rows - start)
+            for view, array in zip(self.views[place], arrays, strict=True):
+                view[:count] = array[start : start + count]
+            self.say(b"C" + bytes([place]) + count.to_bytes(8, "little"))
+
+    def lay_out(self, spec: Spec, rows: int) -> None:
+        self.tell("first", (spec, rows))
+        self.layout = pickle.loads(self.hear())
+        self.laid_out = True
+        self.free = [0]
+        if self.layout is not None:
+            memory = mmap.mmap(self.ring, max(self.layout.nbytes, 1))
+            self.free = list(range(self.layout.places))
+            self.views = [self.layout.views(memory, spec, place) for place in self.free]
+
+    def listen(self) -> None:
+        word = self.hear()[0]
+        if word == _NEXT_EPOCH:
+            self.epochs += 1
+        else:
+            self.free.append(word)
+
+
+def _private_views(descriptor: int, sizes: list[int]) -> list[memoryview]:
+    """The shared arrays, copy-on-write: a worker that writes into one changes only its own copy."""
+    if not sizes:
+        return []
+    memory = memoryview(mmap.mmap(descriptor, sum(sizes), access=mmap.ACCESS_COPY))
+    ends = np.cumsum(sizes)
+    return [memory[end - size : end] for size, end in zip(sizes, ends, strict=True)]
