@@ -6,6 +6,7 @@ licensed CC BY-SA 3.0. `mnist.npz` holds all 70,000 of them, unchanged, as uint8
 
 from collections.abc import Callable, Iterator
 from functools import lru_cache
+from itertools import count
 from pathlib import Path
 from typing import NamedTuple
 
@@ -110,6 +111,11 @@ class MnistDataGenerator:
         for start in range(0, len(share), self.batch_size):
             yield self._train_batch(share[start : start + self.batch_size])
 
+    def passes_iterator(self, worker: int = 0, n_workers: int = 1) -> Iterator[Batch]:
+        """Endless: one `epoch_iterator` after the other, each in its own order."""
+        for epoch in count():
+            yield from self.epoch_iterator(worker, n_workers, epoch)
+
     def test_iterator(self) -> Iterator[Batch]:
         """Finite: the real test set in order, every sample once, the smaller last batch included."""
         for start in range(0, len(self.data.x_test), self.batch_size):
@@ -126,6 +132,5 @@ class MnistDataGenerator:
         return images, np.eye(10, dtype=np.float32)[y]
 
     def __reduce__(self) -> tuple:
-        # The standard data travels to worker processes once, as shared memory, not as a file read
-        # in each of them: see workers.py. Defining this keeps the writeable flag out of the pickle.
+        # A tuple of plain arrays: workers.py then puts them into memory that processes share.
         return type(self), (self.batch_size, self.work, self.seed, tuple(self.data))

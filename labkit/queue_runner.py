@@ -20,7 +20,8 @@ from typing import Any, Literal
 
 import numpy as np
 import psutil
-import tensorflow as tf
+
+from labkit.quiet import tf
 
 from labkit.scaling import Scaler, usable_cores
 from labkit.workers import (
