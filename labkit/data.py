@@ -117,7 +117,7 @@ class MnistDataGenerator:
             yield from self.epoch_iterator(worker, n_workers, epoch)
 
     def test_iterator(self) -> Iterator[Batch]:
-        """Finite: the real test set in order, every sample once, the smaller last batch included."""
+        """Finite: the real test set in order, each sample once, a smaller last batch included."""
         for start in range(0, len(self.data.x_test), self.batch_size):
             part = slice(start, start + self.batch_size)
             yield self._convert(self.data.x_test[part], self.data.y_test[part])

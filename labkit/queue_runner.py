@@ -8,7 +8,6 @@ never waits for the step that is running.
 
 import atexit
 import contextlib
-import os
 import signal
 import socket
 import threading
@@ -22,10 +21,8 @@ import numpy as np
 import psutil
 
 from labkit.quiet import tf
-
 from labkit.scaling import Scaler, usable_cores
 from labkit.workers import (
-    BatchError,
     Chunk,
     Component,
     Died,
@@ -103,25 +100,40 @@ class QueueRunner:
         seed: int | None = None,
     ) -> None:
         _expect(workers in _POOLS, "workers must be 'thread' or 'process'", workers)
-        _expect(on_error in ("raise", "continue"), "on_error must be 'raise' or 'continue'", on_error)
-        _expect(n_workers == "auto" or _is_count(n_workers), "n_workers must be 'auto' or >= 1", n_workers)
-        _expect(_is_count(batch_size), "batch_size must be an integer >= 1", batch_size)
         _expect(
-            max_workers is None or _is_count(max_workers), "max_workers must be None or >= 1", max_workers
+            on_error in ("raise", "continue"), "on_error must be 'raise' or 'continue'", on_error
         )
         _expect(
-            _is_count(capacity) and isinstance(min_after_dequeue, (int, np.integer))
-            and min_after_dequeue >= 0 and capacity >= min_after_dequeue + batch_size,
+            n_workers == "auto" or _is_count(n_workers),
+            "n_workers must be 'auto' or >= 1",
+            n_workers,
+        )
+        _expect(_is_count(batch_size), "batch_size must be an integer >= 1", batch_size)
+        _expect(
+            max_workers is None or _is_count(max_workers),
+            "max_workers must be None or >= 1",
+            max_workers,
+        )
+        _expect(
+            _is_count(capacity)
+            and isinstance(min_after_dequeue, (int, np.integer))
+            and min_after_dequeue >= 0
+            and capacity >= min_after_dequeue + batch_size,
             f"capacity must be at least min_after_dequeue + batch_size "
             f"({min_after_dequeue} + {batch_size})",
             capacity,
         )
         _expect(
             timeout is None or (isinstance(timeout, (int, float)) and timeout > 0),
-            "timeout must be None or seconds > 0", timeout,
+            "timeout must be None or seconds > 0",
+            timeout,
         )
         self.batch_size, self.workers, self.on_error = int(batch_size), workers, on_error
-        self.capacity, self.min_after_dequeue, self.seed = int(capacity), int(min_after_dequeue), seed
+        self.capacity, self.min_after_dequeue, self.seed = (
+            int(capacity),
+            int(min_after_dequeue),
+            seed,
+        )
         self.timeout, self.iterator, self.n_workers = timeout, iterator, n_workers
         self.max_workers = max_workers or (32 if workers == "thread" else usable_cores())
         self._given_spec = None if spec is None else _spec_from(spec)
@@ -200,7 +212,9 @@ class QueueRunner:
         WorkerError itself on leaving `with runner:`.
         """
         if isinstance(self._queue, _GraphQueue):
-            raise RuntimeError("QueueRunner.dataset: this runner serves a graph already. Make another.")
+            raise RuntimeError(
+                "QueueRunner.dataset: this runner serves a graph already. Make another."
+            )
         spec = self._ready_spec()
         self._watch = self._watch or _InterruptWatch()
         types = [_tf_type(component) for component in spec.components]
@@ -398,8 +412,14 @@ class QueueRunner:
             waiting, self._first = self._first, []
             while not self._stopping.is_set():
                 message = waiting.pop(0) if waiting else pool.get(_TICK)
-                if watch and watch.asked() and queue.size() < self.min_after_dequeue + self.batch_size:
-                    self.error = WorkerError("QueueRunner: interrupted while the consumer waited for data.")
+                if (
+                    watch
+                    and watch.asked()
+                    and queue.size() < self.min_after_dequeue + self.batch_size
+                ):
+                    self.error = WorkerError(
+                        "QueueRunner: interrupted while the consumer waited for data."
+                    )
                     break
                 if message is None and self.timeout is not None:
                     late = pool.late(self.timeout)
@@ -421,7 +441,11 @@ class QueueRunner:
                         self.error = error
                         break
                     if len(lost) == 1:
-                        warnings.warn(f"{error}\nGoing on with the other workers.", RuntimeWarning, stacklevel=1)
+                        warnings.warn(
+                            f"{error}\nGoing on with the other workers.",
+                            RuntimeWarning,
+                            stacklevel=1,
+                        )
                 ended.add(message.worker)
                 while ended.issuperset(range(pool.active)):
                     if pool.active == pool.n_workers or not pool.factory.shards:
@@ -461,8 +485,8 @@ class QueueRunner:
             text = f"QueueRunner: worker {message.worker} {message.summary}\n\n{message.text}"
         elif isinstance(message, Died):
             text = (
-                f"QueueRunner: worker {message.worker} {message.how}. Its process left no traceback; "
-                "look for a crash in native code, or for the system's out-of-memory killer."
+                f"QueueRunner: worker {message.worker} {message.how}. Its process left no "
+                "traceback; look for a crash in native code, or for the system's out-of-memory killer."
             )
         else:
             text = (
@@ -489,7 +513,8 @@ class _GraphQueue:
                 runner.capacity, runner.min_after_dequeue, types, shapes, seed=runner.seed
             )
             self.placeholders = [
-                _v1.placeholder(kind, (None, *shape)) for kind, shape in zip(types, shapes, strict=True)
+                _v1.placeholder(kind, (None, *shape))
+                for kind, shape in zip(types, shapes, strict=True)
             ]
             self._enqueue_op = self.queue.enqueue_many(self.placeholders)
             self._close_op = self.queue.close()
@@ -599,7 +624,8 @@ def _shaped(spec: Spec, parts: Iterable[tf.Tensor]) -> Any:
 
 
 def _is_count(value: Any) -> bool:
-    return isinstance(value, (int, np.integer)) and not isinstance(value, bool) and value >= 1
+    whole = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
+    return whole and int(value) >= 1
 
 
 def _expect(condition: bool, what: str, got: Any) -> None:

@@ -16,7 +16,9 @@ def usable_cores() -> int:
 
     Sources: sched_getaffinity(2); cgroup v2 `cpu.max`, cgroup v1 `cpu.cfs_quota_us`.
     """
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = (
+        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    )
     quota = _cgroup_cores()
     return max(1, min(cores, math.floor(quota)) if quota else cores)
 
@@ -76,7 +78,10 @@ class Scaler:
             self.settled = True
         elif count < self.pool.n_workers:
             self.best = (rate, count)
-            self._set(min(2 * count, self.pool.n_workers), f"at {rate:.0f} samples/s the queue is not full")
+            self._set(
+                min(2 * count, self.pool.n_workers),
+                f"at {rate:.0f} samples/s the queue is not full",
+            )
             self.settled = False
         else:
             self.best, self.settled = (rate, count), True

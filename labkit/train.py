@@ -11,7 +11,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -98,7 +98,9 @@ def describe_machine() -> dict[str, Any]:
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
         lines = cpuinfo.read_text().splitlines()
-        model = next((x.split(":", 1)[1].strip() for x in lines if x.startswith("model name")), model)
+        model = next(
+            (x.split(":", 1)[1].strip() for x in lines if x.startswith("model name")), model
+        )
     return {
         "processor": model,
         "cores": usable_cores(),
@@ -115,7 +117,7 @@ def train(
     batch_size: int = 32,
     delay: float = 0.05,
     iterator: Callable[..., Iterable[Any]] | None = None,
-    workers: str = "thread",
+    workers: Literal["thread", "process"] = "thread",
     learning_rate: float = 1e-4,
     capacity: int = 2000,
     min_after_dequeue: int = 1000,
@@ -179,7 +181,13 @@ def train(
         fed = {"images": images, "labels": labels}
         if pipeline == "queue":
             runner = QueueRunner(
-                factory, batch_size, n_threads, workers, capacity, min_after_dequeue, seed=seed  # type: ignore[arg-type]
+                factory,
+                batch_size,
+                n_threads,
+                workers,
+                capacity,
+                min_after_dequeue,
+                seed=seed,
             )
             stack.callback(runner.stop)
             inputs = dict(zip(("images", "labels"), timer.around(runner.get_inputs), strict=True))
@@ -236,7 +244,12 @@ def train(
             seconds = time.perf_counter() - start
             accuracy, loss = np.mean(scores, axis=0)
             epoch = Epoch(
-                seconds, len(scores), sum(timer.waits), sum(timer.computes), float(accuracy), float(loss)
+                seconds,
+                len(scores),
+                sum(timer.waits),
+                sum(timer.computes),
+                float(accuracy),
+                float(loss),
             )
             history.epochs.append(epoch)
             history.steps = list(zip(timer.waits, timer.computes, strict=True))
@@ -254,9 +267,13 @@ def _check_settings(settings: dict[str, Any]) -> None:
         if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < least:
             raise ValueError(f"train: {name} must be an integer >= {least}, got {value!r}.")
     if settings["pipeline"] not in PIPELINES:
-        raise ValueError(f"train: pipeline must be one of {PIPELINES}, got {settings['pipeline']!r}.")
+        raise ValueError(
+            f"train: pipeline must be one of {PIPELINES}, got {settings['pipeline']!r}."
+        )
     if settings["workers"] not in ("thread", "process"):
-        raise ValueError(f"train: workers must be 'thread' or 'process', got {settings['workers']!r}.")
+        raise ValueError(
+            f"train: workers must be 'thread' or 'process', got {settings['workers']!r}."
+        )
     for name in ("delay", "learning_rate"):
         value = settings[name]
         if not isinstance(value, (int, float)) or not math.isfinite(value) or value < 0:
@@ -270,12 +287,18 @@ def _check_settings(settings: dict[str, Any]) -> None:
 
 
 def _validate(
-    sess: Any, spec: dict[str, Any], placeholders: tuple[Any, Any], data: MnistDataGenerator, epoch: Epoch
+    sess: Any,
+    spec: dict[str, Any],
+    placeholders: tuple[Any, Any],
+    data: MnistDataGenerator,
+    epoch: Epoch,
 ) -> None:
     total = np.zeros(3)
     held_out = MnistDataGenerator(min(_VALID_BATCH, len(data.data.x_train)), data=data.data)
     for batch in held_out.test_iterator():
-        scores = sess.run((spec["accuracy"], spec["loss"]), dict(zip(placeholders, batch, strict=True)))
+        scores = sess.run(
+            (spec["accuracy"], spec["loss"]), dict(zip(placeholders, batch, strict=True))
+        )
         total += np.array([*scores, 1.0]) * len(batch[0])
     epoch.valid_accuracy, epoch.valid_loss = (float(x) for x in total[:2] / total[2])
 
@@ -283,7 +306,9 @@ def _validate(
 def _print_epoch(epoch: Epoch) -> None:
     print(f"train/acc {epoch.train_accuracy:.4f}, train/loss {epoch.train_loss:.4f}")
     if epoch.valid_accuracy is not None:
-        print(f"valid/acc {epoch.valid_accuracy:.4f}, valid/loss {epoch.valid_loss:.4f}", flush=True)
+        print(
+            f"valid/acc {epoch.valid_accuracy:.4f}, valid/loss {epoch.valid_loss:.4f}", flush=True
+        )
 
 
 def _writers(stack: ExitStack, log_dir: str | Path | None) -> list[Any]:
@@ -340,25 +365,53 @@ class _Parser(argparse.ArgumentParser):
 def _parser() -> _Parser:
     parser = _Parser(
         prog="python -m labkit.train",
-        description="Train the CNN on MNIST from a queue or by feed_dict, and see where the time goes.",
+        description="Train the CNN on MNIST, by queue or feed_dict, and see where time goes.",
         epilog="Set TF_CPP_MIN_LOG_LEVEL=0 to see TensorFlow's own start-up lines.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
     add("--n_thread", type=int, default=1, help="workers that make batches, a count")
-    add("--pipeline", choices=PIPELINES, default="queue", help="how batches reach the model; constant: one batch again and again, the compute-only rate")
-    add("--workers", choices=("thread", "process"), default="thread", help="kind of worker; process for generators that hold Python's lock")
+    add(
+        "--pipeline",
+        choices=PIPELINES,
+        default="queue",
+        help="how batches reach the model; constant: one batch over and over, compute-only",
+    )
+    add(
+        "--workers",
+        choices=("thread", "process"),
+        default="thread",
+        help="kind of worker; process for generators that hold Python's lock",
+    )
     add("--epochs", type=int, default=10, help="epochs, a count")
     add("--steps", type=int, default=1875, help="steps per epoch, a count")
     add("--batch_size", type=int, default=32, help="samples per step, a count")
-    add("--delay", type=float, default=0.05, help="seconds that the generator sleeps per batch, standing for heavy work")
+    add(
+        "--delay",
+        type=float,
+        default=0.05,
+        help="seconds that the generator sleeps per batch, standing for heavy work",
+    )
     add("--learning_rate", type=float, default=1e-4, help="Adam's step size, no unit")
     add("--capacity", type=int, default=2000, help="what the queue holds, samples")
-    add("--min_after_dequeue", type=int, default=1000, help="what stays in the queue for mixing, samples")
+    add(
+        "--min_after_dequeue",
+        type=int,
+        default=1000,
+        help="what stays in the queue for mixing, samples",
+    )
     add("--seed", type=int, default=0, help="of weights, order and shuffling, an integer")
-    add("--log_dir", metavar="DIR", help="write TensorBoard summaries to DIR/train and DIR/valid, a path")
+    add(
+        "--log_dir",
+        metavar="DIR",
+        help="write TensorBoard summaries to DIR/train and DIR/valid, a path",
+    )
     add("--json", metavar="FILE", help="write every epoch's figures to FILE, a path")
-    add("--plot", metavar="FILE", help="draw each epoch's waiting and computing time to FILE, a path ending in .png or .pdf")
+    add(
+        "--plot",
+        metavar="FILE",
+        help="draw each epoch's waiting and computing time to FILE, a path ending in .png or .pdf",
+    )
     return parser
 
 

@@ -8,10 +8,12 @@ A worker has two or more places for chunks; with all of them taken, it waits. No
 import contextlib
 import inspect
 import json
+import linecache
 import mmap
 import os
 import pickle
 import queue
+import re
 import selectors
 import signal
 import socket
@@ -96,7 +98,11 @@ class Spec:
         def take(want: Any, got: Any, name: str) -> None:
             if isinstance(want, dict):
                 if not isinstance(got, dict) or set(got) != set(want):
-                    shown = f"the keys {sorted(map(str, got))}" if isinstance(got, dict) else _short(got)
+                    shown = (
+                        f"the keys {sorted(map(str, got))}"
+                        if isinstance(got, dict)
+                        else _short(got)
+                    )
                     raise BatchError(
                         f"delivered {shown}, expected a dict with the keys "
                         f"{sorted(map(str, want))} as in the first batch. "
@@ -180,7 +186,7 @@ class Chunk:
 
 @dataclass
 class Failed:
-    """A worker's iterator raised; `text` is its traceback, `error` the exception if it is at hand."""
+    """A worker's iterator raised; `text` is its traceback, `error` the exception if at hand."""
 
     worker: int
     summary: str
@@ -207,7 +213,7 @@ Message = Chunk | Failed | Died | Ended
 
 
 class IteratorFactory:
-    """The user's factory, called with those of worker, n_workers and epoch that it has names for."""
+    """The user's factory, called with those of worker, n_workers and epoch that it names."""
 
     def __init__(self, factory: Callable[..., Iterable[Any]], n_workers: int) -> None:
         if not callable(factory):
@@ -358,7 +364,8 @@ class ThreadPool(Pool):
                 epoch += 1
         except BaseException as error:
             if not self._stopping:
-                self._messages.put(Failed(worker, *_describe(error), error))
+                summary, text = _describe(error)
+                self._messages.put(Failed(worker, summary, _readable(text), error))
 
     def _receive(self, timeout: float) -> Message | None:
         try:
@@ -379,7 +386,7 @@ class ThreadPool(Pool):
         frame = sys._current_frames().get(self._threads[worker].ident or 0)
         if frame is None:
             return "it has ended\n"
-        return "".join(_own_frames_left_out(traceback.extract_stack(frame)).format())
+        return _readable("".join(_own_frames_left_out(traceback.extract_stack(frame)).format()))
 
     def stop(self, timeout: float = 2.0) -> list[str]:
         self._stopping = True
@@ -399,6 +406,17 @@ def _describe(error: BaseException) -> tuple[str, str]:
     stack = traceback.TracebackException.from_exception(error)
     stack.stack = _own_frames_left_out(stack.stack)
     return summary, "".join(stack.format())
+
+
+def _readable(text: str) -> str:
+    """Adds the source lines of notebook cells, which worker processes lack, and names the cells."""
+
+    def complete(found: re.Match[str]) -> str:
+        line = linecache.getline(found[1], int(found[2])).strip()
+        return f"{found[0]}    {line}\n" if line else found[0]
+
+    text = re.sub(r'  File "(.+)", line (\d+).*\n(?!    )', complete, text)
+    return re.sub(r'File ".*ipykernel_\d+/\d+\.py"', 'File "<notebook cell>"', text)
 
 
 def _own_frames_left_out(stack: traceback.StackSummary) -> traceback.StackSummary:
@@ -502,7 +520,7 @@ def _pickle_factory(factory: IteratorFactory) -> tuple[bytes, int, list[int]]:
         code = cloudpickle.dumps(factory, protocol=5, buffer_callback=keep)
     except Exception as error:
         raise TypeError(
-            f"QueueRunner: workers='process' must send the iterator factory to another process, and "
+            "QueueRunner: workers='process' must send the iterator factory to another process, and "
             f"{_unpicklable(factory.factory)} cannot be pickled ({error}). Open it inside the "
             "factory instead, or use workers='thread'."
         ) from error
@@ -661,7 +679,8 @@ class _Process:
         if kind == "chunk":
             return Chunk(self.index, content)
         if kind == "failed":
-            return Failed(self.index, *content)
+            summary, text = content
+            return Failed(self.index, summary, _readable(text))
         return Ended(self.index)
 
     def _lay_out(self, rows: int) -> None:
@@ -671,9 +690,7 @@ class _Process:
             layout = _Layout.of(self.spec, max(rows, 1))
             reserve_shared(self.ring, max(layout.nbytes, 1), f"worker {self.index}'s ring")
             memory = mmap.mmap(self.ring, max(layout.nbytes, 1))
-            self._views = [
-                layout.views(memory, self.spec, place) for place in range(layout.places)
-            ]
+            self._views = [layout.views(memory, self.spec, place) for place in range(layout.places)]
             self.places = layout.places
         self.send(pickle.dumps(layout))
 
@@ -696,7 +713,7 @@ class _Process:
             time.sleep(0.02)
         time.sleep(0.02)
         text = os.pread(self.trace, 1 << 16, 0).decode(errors="replace")
-        return text.lstrip("\0") or "(it did not answer)\n"
+        return _readable(text.lstrip("\0")) or "(it did not answer)\n"
 
     def end(self, deadline: float) -> None:
         try:
@@ -718,7 +735,8 @@ def worker_main(connection_fd: int, ring: int, trace: int, buffers: int) -> None
     worker = _Child(Connection(connection_fd), ring)
     try:
         try:
-            worker.run(*pickle.loads(worker.hear()), buffers)
+            code, sizes, spec, index = pickle.loads(worker.hear())
+            worker.run(code, _private_views(buffers, sizes), spec, index)
         except Exception as error:
             worker.tell("failed", _describe(error))
             while True:
@@ -768,11 +786,9 @@ class _Child:
         except (EOFError, OSError):
             raise _ParentGone from None
 
-    def run(
-        self, code: bytes, sizes: list[int], spec: Spec | None, index: int, buffers: int
-    ) -> None:
+    def run(self, code: bytes, arrays: list[memoryview], spec: Spec | None, index: int) -> None:
         self.spec = spec
-        factory = pickle.loads(code, buffers=_private_views(buffers, sizes))
+        factory = pickle.loads(code, buffers=arrays)
         for epoch in range(sys.maxsize):
             for batch in factory(index, epoch):
                 self.spec = self.spec or Spec.of(batch)

@@ -1,0 +1,256 @@
+"""One function a figure: each takes measured results and returns a matplotlib Figure.
+
+Colours are Okabe and Ito's, which colour-blind readers can tell apart. Titles are the caller's
+finding; the line below a figure names the machine that measured it.
+"""
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+
+WAIT, COMPUTE, BOUND, OTHER = "#E69F00", "#0072B2", "#000000", "#009E73"
+_CYCLE = (COMPUTE, WAIT, OTHER, "#CC79A7", "#56B4E9", "#D55E00")
+
+
+def _figure(width: float = 8, height: float = 3.6, **kwargs: Any) -> tuple[Figure, Any]:
+    # Not through pyplot's window manager: nothing stays in memory, nothing is shown twice.
+    figure = Figure(figsize=(width, height), layout="constrained", dpi=100)
+    axes = figure.subplots(**kwargs)
+    for ax in np.ravel(axes):
+        ax.spines[["top", "right"]].set_visible(False)
+        ax.set_prop_cycle(color=_CYCLE)
+    return figure, axes
+
+
+def _machine(figure: Figure, machine: Mapping[str, Any] | None) -> None:
+    if machine:
+        text = "Measured on {processor}, {cores} cores, TensorFlow {tensorflow}".format(**machine)
+        figure.supxlabel(text, fontsize=8, color="0.35", x=0.01, ha="left")
+
+
+def save(figure: Figure, path: str | Path) -> None:
+    """Writes PNG, PDF or SVG by the name's ending."""
+    figure.savefig(path)
+
+
+def timeline(
+    runs: Mapping[str, Sequence[tuple[float, float]]],
+    title: str,
+    steps: int = 30,
+    machine: Mapping[str, Any] | None = None,
+) -> Figure:
+    """The first `steps` steps of each run as bars of waiting and computing along time.
+
+    Args:
+        runs: label to (waiting, computing) seconds per step, as in `History.steps`.
+    """
+    figure, ax = _figure(8, 1.6 + 0.7 * len(runs))
+    for row, pairs in enumerate(runs.values()):
+        lengths = np.array(pairs[:steps]).ravel() * 1e3
+        starts = np.concatenate([[0], np.cumsum(lengths)[:-1]])
+        for part, (colour, label) in enumerate(
+            ((WAIT, "waiting for data"), (COMPUTE, "computing"))
+        ):
+            ax.barh(
+                row,
+                lengths[part::2],
+                left=starts[part::2],
+                height=0.6,
+                color=colour,
+                label=label if row == 0 else None,
+            )
+    ax.set_yticks(range(len(runs)), list(runs))
+    ax.invert_yaxis()
+    ax.set(xlabel=f"time over {steps} steps (ms)", title=title)
+    ax.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False)
+    _machine(figure, machine)
+    return figure
+
+
+def epochs(history: Any, title: str | None = None, bound: float | None = None) -> Figure:
+    """Seconds per epoch, stacked into waiting and computing.
+
+    Args:
+        history: a `History`, or a mapping from label to `History` for runs side by side.
+        title: the finding. Default: the median epoch and its share of waiting.
+        bound: seconds per epoch that cannot be beaten, drawn as a line.
+    """
+    runs = history if isinstance(history, Mapping) else {"": history}
+    first = next(iter(runs.values()))
+    figure, axes = _figure(
+        max(6.0, 3.6 * len(runs)), 3.6, ncols=len(runs), sharey=True, squeeze=False
+    )
+    for ax, (label, run) in zip(axes[0], runs.items(), strict=True):
+        numbers = np.arange(1, len(run.epochs) + 1)
+        waiting = np.array([epoch.waiting for epoch in run.epochs])
+        computing = np.array([epoch.computing for epoch in run.epochs])
+        ax.bar(numbers, waiting, color=WAIT, label="waiting for data")
+        ax.bar(numbers, computing, bottom=waiting, color=COMPUTE, label="computing")
+        if bound is not None:
+            ax.axhline(bound, color=BOUND, linestyle="--", label=f"bound {bound:.3g} s")
+        ax.set(xlabel="epoch", title=label)
+        ax.set_xticks(numbers)
+    axes[0, 0].set_ylabel("seconds per epoch")
+    axes[0, -1].legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False)
+    share = sum(e.waiting for e in first.epochs) / sum(e.seconds for e in first.epochs)
+    middle = np.median([e.seconds for e in first.epochs])
+    figure.suptitle(title or f"An epoch takes {middle:.3g} s, {share:.0%} of it waiting for data")
+    _machine(figure, first.machine)
+    return figure
+
+
+def sweep(
+    counts: Sequence[int],
+    rates: Mapping[str, Sequence[float]],
+    bound: Sequence[float],
+    title: str,
+    article: Mapping[int, float] | None = None,
+    machine: Mapping[str, Any] | None = None,
+) -> Figure:
+    """Steps/s over the number of workers, on logarithmic axes, with the bound as a line.
+
+    Args:
+        counts: numbers of workers.
+        rates: label to measured steps/s at each count.
+        bound: steps/s that cannot be beaten, at each count.
+        article: the article's own points, number of workers to steps/s.
+    """
+    figure, ax = _figure()
+    ax.plot(counts, bound, color=BOUND, linestyle="--", label="bound")
+    for (label, values), marker in zip(rates.items(), "osD^v", strict=False):
+        ax.plot(counts, values, marker=marker, label=label)
+    if article:
+        ax.plot(
+            list(article),
+            list(article.values()),
+            "x",
+            color="#D55E00",
+            markersize=9,
+            markeredgewidth=2,
+            label="the article, 2018",
+        )
+    ax.set_xscale("log", base=2)
+    ax.set_yscale("log")
+    ax.set_xticks(counts, [str(count) for count in counts])
+    ax.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    ax.yaxis.set_minor_formatter(lambda value, _: "")
+    ax.set(xlabel="workers", ylabel="steps per second", title=title)
+    ax.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False)
+    _machine(figure, machine)
+    return figure
+
+
+def bars(
+    values: Mapping[str, float],
+    title: str,
+    ylabel: str,
+    bound: float | None = None,
+    machine: Mapping[str, Any] | None = None,
+) -> Figure:
+    """One bar for each label, with its value written on it and the bound as a line."""
+    figure, ax = _figure(max(6.0, 1.3 * len(values)), 3.6)
+    drawn = ax.bar(list(values), list(values.values()), color=COMPUTE, width=0.6)
+    ax.bar_label(drawn, fmt="%.3g", padding=2)
+    if bound is not None:
+        ax.axhline(bound, color=BOUND, linestyle="--", label=f"bound {bound:.3g}")
+        ax.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False)
+    ax.set(ylabel=ylabel, title=title)
+    ax.margins(y=0.15)
+    _machine(figure, machine)
+    return figure
+
+
+def series(
+    lines: Mapping[str, tuple[Sequence[float], Sequence[float]]],
+    title: str,
+    ylabel: str,
+    bounds: Mapping[str, float] | None = None,
+    xlabel: str = "time (s)",
+    machine: Mapping[str, Any] | None = None,
+) -> Figure:
+    """Lines over time: label to (x, y). `bounds` are drawn as dashed lines with their labels."""
+    figure, ax = _figure()
+    for label, (x, y) in lines.items():
+        ax.plot(x, y, label=label)
+    for (label, value), style in zip((bounds or {}).items(), ("--", ":", "-."), strict=False):
+        ax.axhline(value, color=BOUND, linestyle=style, linewidth=1, label=label)
+    ax.set(xlabel=xlabel, ylabel=ylabel, title=title)
+    ax.set_ylim(bottom=0)
+    ax.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False)
+    _machine(figure, machine)
+    return figure
+
+
+def images(rows: Mapping[str, Any], title: str) -> Figure:
+    """A row of small grey pictures for each label: arrays `[count, height, width]` or with a 1."""
+    count = min(8, *(len(pictures) for pictures in rows.values()))
+    figure, axes = _figure(8, 1.0 + 1.0 * len(rows), nrows=len(rows), ncols=count, squeeze=False)
+    for line, (label, pictures) in zip(axes, rows.items(), strict=True):
+        for ax, picture in zip(line, pictures, strict=False):
+            ax.imshow(np.squeeze(picture), cmap="gray_r")
+            ax.set(xticks=[], yticks=[])
+            ax.spines[:].set_visible(False)
+        line[0].set_ylabel(label, rotation=0, ha="right", va="center")
+    figure.suptitle(title)
+    return figure
+
+
+def usage(
+    monitors: Mapping[str, Any], title: str, machine: Mapping[str, Any] | None = None
+) -> Figure:
+    """What the machine did during each run, side by side: CPU, each GPU, and the probes.
+
+    Args:
+        monitors: label to a `UsageMonitor` that has finished. Without a GPU its panel says so.
+    """
+    probes = list(next(iter(monitors.values())).probes)
+    rows = 2 + len(probes)
+    figure, axes = _figure(
+        8, 1.0 + 1.7 * rows, nrows=rows, ncols=len(monitors), sharey="row", squeeze=False
+    )
+    for column, (label, monitor) in zip(axes.T, monitors.items(), strict=True):
+        column[0].set_title(label)
+        column[0].plot(monitor.seconds, monitor.cpu, label="CPU")
+        for gpu in monitor.gpus:
+            column[1].plot(monitor.seconds, gpu.utilisation, label=f"GPU {gpu.index} {gpu.name}")
+        if monitor.gpus:
+            column[1].legend(frameon=False, fontsize=8)
+        else:
+            column[1].text(
+                0.5, 0.5, monitor.gpu_message, ha="center", transform=column[1].transAxes
+            )
+        for ax, name in zip(column[2:], probes, strict=True):
+            ax.plot(monitor.seconds, monitor.probes[name], color=OTHER)
+            ax.set_ylim(bottom=0)
+        for ax in column[:2]:
+            ax.set_ylim(0, 105)
+        column[-1].set_xlabel("time (s)")
+    for ax, name in zip(axes[:, 0], ("CPU (%)", "GPU (%)", *probes), strict=True):
+        ax.set_ylabel(name)
+    figure.suptitle(title)
+    _machine(figure, machine)
+    return figure
+
+
+def show(figure: Figure) -> None:
+    """Shows a figure in a notebook where it is not the cell's last expression."""
+    from IPython.display import display
+
+    display(figure)
+
+
+def keep(figure: Figure, name: str, data: Mapping[str, Any]) -> None:
+    """Writes `name`.png and the data behind it, `name`.json, into the folder that the environment
+    variable LABKIT_SAVE_FIGURES names; without it, does nothing, so that a run leaves no files."""
+    folder = os.environ.get("LABKIT_SAVE_FIGURES")
+    if folder:
+        from labkit.train import describe_machine
+
+        save(figure, Path(folder) / f"{name}.png")
+        text = json.dumps({"machine": describe_machine(), **data}, indent=1, default=float)
+        (Path(folder) / f"{name}.json").write_text(text + "\n")
