@@ -1,6 +1,7 @@
 """Where the time went, what the machine did."""
 
 import contextlib
+import copy
 import math
 import os
 import statistics
@@ -11,7 +12,6 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from numbers import Real
-from types import TracebackType
 from typing import Any, Self
 
 import psutil
@@ -110,12 +110,7 @@ class UsageMonitor:
         self._thread.start()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self._stop.set()
         try:
             assert self._thread is not None
@@ -137,7 +132,7 @@ class UsageMonitor:
             elapsed = time.perf_counter() - start
             # Ticks are multiples of the interval from the start, so lateness never adds up.
             tick = (math.floor(elapsed / self.interval) + 1) * self.interval
-            ending = self._stop.wait(min(tick - elapsed, threading.TIMEOUT_MAX))
+            ending = self._stop.wait(tick - elapsed)
             if not ending or not self.seconds:
                 now = time.perf_counter() - start
                 row = [self._ask(name, question) for name, question, _ in sources]
@@ -193,18 +188,9 @@ class UsageMonitor:
     def as_dict(self) -> dict[str, Any]:
         """Every sample in plain lists and dicts, in the units above; json.dump takes it as it is
         and writes missing values as NaN."""
-        return {
-            "interval": self.interval,
-            "seconds": list(self.seconds),
-            "cpu": list(self.cpu),
-            "process_cpu": list(self.process_cpu),
-            "memory": list(self.memory),
-            "probes": {name: list(samples) for name, samples in self.probes.items()},
-            "gpus": [asdict(gpu) for gpu in self.gpus],
-            "gpu_message": self.gpu_message,
-            "problems": dict(self.problems),
-            "cost": self.cost,
-        }
+        names = "interval seconds cpu process_cpu memory probes gpu_message problems cost"
+        plain = {name: copy.deepcopy(getattr(self, name)) for name in names.split()}
+        return {**plain, "gpus": [asdict(gpu) for gpu in self.gpus]}
 
     def summary(self) -> dict[str, Any]:
         """One number for each series, in the same units: the mean of cpu, process_cpu and GPU
@@ -217,9 +203,7 @@ class UsageMonitor:
             "probes": {name: _over(statistics.median, row) for name, row in self.probes.items()},
             "gpus": [
                 {
-                    "index": gpu.index,
-                    "name": gpu.name,
-                    "memory_total": gpu.memory_total,
+                    **asdict(gpu),
                     "utilisation": _over(statistics.fmean, gpu.utilisation),
                     "memory_used": _over(max, gpu.memory_used),
                 }

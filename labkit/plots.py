@@ -254,3 +254,46 @@ def keep(figure: Figure, name: str, data: Mapping[str, Any]) -> None:
         save(figure, Path(folder) / f"{name}.png")
         text = json.dumps({"machine": describe_machine(), **data}, indent=1, default=float)
         (Path(folder) / f"{name}.json").write_text(text + "\n")
+
+
+def diagnosis(report: Any, machine: Mapping[str, Any] | None = None) -> Figure:
+    """Predicted steps/s of a `Report` over workers, its range, and measured points."""
+    figure, ax = _figure()
+    for kind, colour, marker in (("thread", COMPUTE, "o"), ("process", OTHER, "s")):
+        rows = [row for row in report.rows if row.workers == kind]
+        counts = [row.n for row in rows]
+        ax.fill_between(
+            counts, [r.low for r in rows], [r.high for r in rows], color=colour, alpha=0.2
+        )
+        ax.plot(
+            counts,
+            [r.predicted for r in rows],
+            color=colour,
+            marker=marker,
+            label=f"{kind}, predicted",
+        )
+        seen = [row for row in rows if row.measured is not None]
+        ax.plot(
+            [r.n for r in seen],
+            [r.measured for r in seen],
+            "x",
+            color="#D55E00",
+            markersize=10,
+            markeredgewidth=2,
+            label=f"{kind}, measured" if seen else None,
+        )
+    ax.axhline(report.model_rate, color=BOUND, linestyle="--", label="the model alone")
+    ax.axhline(report.serial_rate, color=BOUND, linestyle=":", label="serial loop")
+    ax.set_xscale("log", base=2)
+    ticks = sorted({row.n for row in report.rows})
+    ax.set_xticks(ticks, [str(n) for n in ticks])
+    ax.set_ylim(bottom=0)
+    best = report.best
+    ax.set(
+        xlabel="workers",
+        ylabel="steps per second",
+        title=f"{best.n} x {best.workers}: about {report.speed_up:.1f}x the serial loop",
+    )
+    ax.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False)
+    _machine(figure, machine)
+    return figure

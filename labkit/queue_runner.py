@@ -486,7 +486,8 @@ class QueueRunner:
         elif isinstance(message, Died):
             text = (
                 f"QueueRunner: worker {message.worker} {message.how}. Its process left no "
-                "traceback; look for a crash in native code, or for the system's out-of-memory killer."
+                "traceback; look for a crash in native code, or for the system's killer of "
+                "processes that use too much memory."
             )
         else:
             text = (

@@ -10,6 +10,7 @@ import os
 import shutil
 import subprocess
 import sys
+import textwrap
 import threading
 import time
 from pathlib import Path
@@ -86,7 +87,7 @@ def test_memory_sees_an_array_that_is_held():
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="no affinity masks here")
 def test_cpu_counts_only_the_cores_that_the_process_may_use():
     script = """
-        import os, threading, time
+        import os, time
         from labkit.monitor import UsageMonitor
         one = min(os.sched_getaffinity(0))
         os.sched_setaffinity(0, {one})
@@ -233,13 +234,11 @@ def child(script: str, libraries: Path | None = None, **settings: str) -> dict:
         "def report(usage, **more):\n"
         "    print(json.dumps({**usage.as_dict(), 'summary': usage.summary(), **more}))\n"
     )
-    lines = script.splitlines()
-    body = "\n".join(line[8:] for line in lines)
     environment = {**os.environ, **settings, "PYTHONPATH": str(HERE.parent)}
     if libraries is not None:
         environment["LD_LIBRARY_PATH"] = str(libraries)
     done = subprocess.run(
-        [sys.executable, "-c", report + body],
+        [sys.executable, "-c", report + textwrap.dedent(script)],
         env=environment, capture_output=True, text=True, timeout=60,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
@@ -247,11 +246,11 @@ def child(script: str, libraries: Path | None = None, **settings: str) -> dict:
 
 
 SAMPLE = """
-        import ctypes, time
-        from labkit.monitor import UsageMonitor
-        with UsageMonitor(interval=0.02) as usage:
-            time.sleep(0.3)
-        report(usage)
+    import time
+    from labkit.monitor import UsageMonitor
+    with UsageMonitor(interval=0.02) as usage:
+        time.sleep(0.3)
+    report(usage)
 """
 
 

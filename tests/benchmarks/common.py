@@ -56,8 +56,9 @@ class Steps:
             began = time.perf_counter()
             if runner is not None:
                 self.stack.enter_context(runner.start(self.sess))
-            self.step()
+                self.sess.run(labels)
             self.start_seconds = time.perf_counter() - began
+            self.stored = 31 + 2 * n if runner is not None else 0
 
     def step(self) -> None:
         feed = (
@@ -73,9 +74,9 @@ class Steps:
             self.step()
         return count / (time.perf_counter() - began)
 
-    def drain(self, most: int = 70) -> None:
-        """Steps that use up what the queue stored, so that the rate is the steady one."""
-        for _ in range(most):
+    def drain(self) -> None:
+        """Uses up what was stored during a pause, so that the rate is the steady one."""
+        for _ in range(self.stored + 4):
             self.step()
 
     def __enter__(self) -> "Steps":

@@ -1,0 +1,80 @@
+"""Queue and feed_dict against the bound: `python -m tests.benchmarks.pipelines`.
+
+The bound is min(n / delay, compute-only). Every round measures compute-only, feed_dict and each
+number of threads in turn; figures are medians over the rounds of the ratios within a round.
+"""
+
+from contextlib import ExitStack
+
+from labkit.data import MnistDataGenerator
+from labkit.workloads import sleep
+from tests.benchmarks.common import Steps, median, spread, write
+
+DELAY = 0.05
+COUNTS = {1: 60, 4: 240, 16: 600, 32: 600}
+ROUNDS = 5
+
+
+def at_delay() -> dict:
+    factory = MnistDataGenerator(32, sleep(DELAY)).passes_iterator
+    with ExitStack() as stack:
+        constant = stack.enter_context(Steps("constant"))
+        serial = stack.enter_context(Steps("feed_dict", factory))
+        queues = {n: stack.enter_context(Steps("queue", factory, n)) for n in COUNTS}
+        computes: list[float] = []
+        serials: list[float] = []
+        rates: dict[int, list[float]] = {n: [] for n in COUNTS}
+        shares: dict[int, list[float]] = {n: [] for n in COUNTS}
+        gains: list[float] = []
+        constant.rate(100)
+        for _ in range(ROUNDS):
+            serials.append(serial.rate(40))
+            for n, queue in queues.items():
+                queue.drain()
+                before = constant.rate(150)
+                queue.drain()
+                rate = queue.rate(COUNTS[n])
+                compute = (before + constant.rate(150)) / 2
+                computes.append(compute)
+                rates[n].append(rate)
+                shares[n].append(rate / min(n / DELAY, compute))
+            gains.append(rates[4][-1] / serials[-1])
+        start = {n: run.start_seconds for n, run in queues.items()}
+    return {
+        "delay": DELAY,
+        "compute_only": median(computes),
+        "compute_only_drift": spread(computes),
+        "feed_dict": median(serials),
+        "rate": {n: median(v) for n, v in rates.items()},
+        "share_of_bound": {n: median(v) for n, v in shares.items()},
+        "share_of_bound_rounds": shares,
+        "queue_4_over_feed_dict": median(gains),
+        "start_seconds": start,
+        "start_over_ideal": {n: s / (1000 / 32 * DELAY / n) for n, s in start.items()},
+    }
+
+
+def free() -> dict:
+    factory = MnistDataGenerator(32).passes_iterator
+    with (
+        Steps("queue", factory) as queue,
+        Steps("feed_dict", factory) as serial,
+        Steps("constant") as constant,
+    ):
+        ratios, computes = [], []
+        for _ in range(9):
+            computes.append(constant.rate(200))
+            before = serial.rate(400)
+            queue.drain()
+            rate = queue.rate(400)
+            ratios.append(rate / ((before + serial.rate(400)) / 2))
+    return {"queue_over_feed_dict_delay_0": median(ratios), "rounds": ratios,
+            "compute_only_drift": spread(computes)}  # fmt: skip
+
+
+if __name__ == "__main__":
+    results = {"sleep": at_delay(), "free": free()}
+    for key, value in results["sleep"].items():
+        print(key, value)
+    print(results["free"])
+    write("benchmark_pipelines", results)

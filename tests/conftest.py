@@ -1,0 +1,68 @@
+"""What every test shares: a check that nothing is left running, and a data set of a few digits."""
+
+import faulthandler
+import threading
+
+import numpy as np
+import psutil
+import pytest
+
+from labkit.data import Mnist
+
+_HANGS_AFTER = 120.0
+
+
+def _labkit_threads() -> set[threading.Thread]:
+    return {thread for thread in threading.enumerate() if thread.name.startswith("labkit")}
+
+
+@pytest.fixture(autouse=True)
+def nothing_left_running():
+    """No test may leave one of labkit's threads, or a child process, behind."""
+    me = psutil.Process()
+    threads, children = _labkit_threads(), set(me.children(recursive=True))
+    # A consumer that waits for ever sits in native code, where no Python timeout reaches it.
+    faulthandler.dump_traceback_later(_HANGS_AFTER, exit=True)
+    yield
+    faulthandler.cancel_dump_traceback_later()
+    assert not [thread.name for thread in _labkit_threads() - threads]
+    assert not set(me.children(recursive=True)) - children
+
+
+@pytest.fixture
+def numbered() -> Mnist:
+    """500 training and 130 test images that tell which one they are, all of them different.
+
+    The first two pixels of an image spell its index, in base 256; test images start at 10,000.
+    """
+
+    def images(first: int, count: int) -> np.ndarray:
+        pixels = np.zeros((count, 28, 28), np.uint8)
+        index = np.arange(first, first + count)
+        pixels[:, 0, 0], pixels[:, 0, 1] = index // 256, index % 256
+        return pixels
+
+    labels = (np.arange(500) % 10).astype(np.uint8)
+    return Mnist(images(0, 500), labels, images(10_000, 130), labels[:130])
+
+
+@pytest.fixture
+def index_of():
+    """Reads the indices of `numbered` images back off a batch."""
+
+    def read(images: np.ndarray) -> list[int]:
+        pixels = np.rint(images[:, 0, :2, 0] * 255).astype(int)
+        return (pixels[:, 0] * 256 + pixels[:, 1]).tolist()
+
+    return read
+
+
+@pytest.fixture
+def small_mnist(monkeypatch) -> Mnist:
+    """600 training and 200 test digits, in place of all of them, wherever labkit loads MNIST."""
+    import labkit.data
+
+    full = labkit.data.load_mnist()
+    small = Mnist(full.x_train[:600], full.y_train[:600], full.x_test[:200], full.y_test[:200])
+    monkeypatch.setattr(labkit.data, "load_mnist", lambda: small)
+    return small
