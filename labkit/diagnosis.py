@@ -299,8 +299,8 @@ def _verdict(nature: str, best: Row, model_rate: float, serial: float, wall: flo
         left = f" Then {limit}"
     return (
         f"Input-bound: the model could take {model_rate:.1f} steps/s, but with this generator, "
-        f"which {nature}, a serial loop makes {serial:.1f} ({model_rate / serial:.1f}x less). {setting}: "
-        f"about {best.predicted:.1f} steps/s, {gain:.1f}x faster.{left}"
+        f"which {nature}, a serial loop makes {serial:.1f} ({model_rate / serial:.1f}x less). "
+        f"{setting}: about {best.predicted:.1f} steps/s, {gain:.1f}x faster.{left}"
     )
 
 

@@ -76,7 +76,7 @@ def test_an_epoch_has_every_sample_once_over_all_workers(numbered, index_of, n_w
         for worker in range(n_workers)
     ]
     # Sorted and whole: disjoint and complete in one.
-    assert sorted(sum(shares, [])) == list(range(500))
+    assert sorted(i for share in shares for i in share) == list(range(500))
     assert max(map(len, shares)) - min(map(len, shares)) <= 1
 
 
@@ -171,7 +171,7 @@ def test_work_that_cannot_be_called_is_refused(numbered):
 @pytest.mark.parametrize("part", ["y_train", "y_test"])
 def test_images_without_labels_are_refused(numbered, part):
     short = numbered._replace(**{part: numbered.y_train[:100]})
-    with pytest.raises(ValueError, match=r"images and 100 labels|\d+ images and 100 labels"):
+    with pytest.raises(ValueError, match=r"got \d+ images and 100 labels"):
         MnistDataGenerator(32, data=short)
 
 

@@ -5,8 +5,10 @@ worker -> shared memory -> RandomShuffleQueue -> dequeued tensor; theirs worker 
 -> tensor. A B A B, medians of the paired ratios. Needs tests/benchmarks/requirements.txt.
 """
 
+import multiprocessing
 import time
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 
 import numpy as np
 
@@ -74,15 +76,14 @@ def theirs(shape: tuple[int, ...], count: int, workers: int) -> float:
 
 
 def main() -> None:
-    import multiprocessing
-
     # Each measurement in a fresh process: neither library then sees the other's threads.
     results = {}
-    with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=spawn, max_tasks_per_child=1) as pool:
         for name, (shape, count) in SHAPES.items():
             for workers in (1, 2):
                 pairs = [
-                    tuple(pool.apply(run, (shape, count, workers)) for run in (ours, theirs))
+                    tuple(pool.submit(run, shape, count, workers).result() for run in (ours, theirs))
                     for _ in range(ROUNDS)
                 ]
                 results[f"{name}, {workers} workers"] = {

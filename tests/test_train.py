@@ -1,0 +1,373 @@
+"""train() and its command: what they measure, keep, print, refuse and leave off the screen."""
+
+import json
+import re
+import subprocess
+import sys
+from itertools import islice
+
+import numpy as np
+import pytest
+
+from labkit import MnistDataGenerator, WorkerError
+from labkit.train import Epoch, History, main, train
+
+# A queue that fills in a few batches, so that a run takes a second.
+QUICK = {
+    "steps": 4,
+    "epochs": 1,
+    "delay": 0.0,
+    "capacity": 128,
+    "min_after_dequeue": 32,
+    "progress": False,
+}
+FLAGS = ["--steps", "3", "--epochs", "2", "--delay", "0", "--capacity", "128"]
+FLAGS += ["--min_after_dequeue", "32"]
+
+
+@pytest.fixture(autouse=True)
+def few_digits(small_mnist):
+    return small_mnist
+
+
+@pytest.fixture
+def history():
+    epochs = [Epoch(2.0, 10, 1.5, 0.4, 0.7, 1.1, 0.8, 0.9), Epoch(1.0, 10, 0.5, 0.4, 0.8, 0.6)]
+    return History(
+        {"pipeline": "queue", "n_threads": 4},
+        {"processor": "x", "cores": 2, "tensorflow": "2"},
+        epochs,
+        0.75,
+        [(0.15, 0.04), (0.05, 0.04)],
+    )
+
+
+# -- what it returns -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("pipeline", ["feed_dict", "queue", "constant"])
+def test_each_epoch_is_told_in_full(pipeline):
+    result = train(pipeline, **{**QUICK, "epochs": 2})
+    assert len(result.epochs) == 2 and len(result.steps) == 4
+    for epoch in result.epochs:
+        assert epoch.steps == 4
+        assert epoch.steps_per_second == pytest.approx(4 / epoch.seconds)
+        assert 0 <= epoch.train_accuracy <= 1 and 0 <= epoch.valid_accuracy <= 1
+        assert epoch.train_loss > 0 and epoch.valid_loss > 0
+        # Accuracy over 200 digits and 4 x 32 samples: whole numbers of them are right.
+        for right in (epoch.valid_accuracy * 200, epoch.train_accuracy * 128):
+            assert right == pytest.approx(round(right), abs=1e-2)
+    assert result.settings["pipeline"] == pipeline and result.settings["steps"] == 4
+    assert {"processor", "cores", "python", "tensorflow", "numpy"} <= set(result.machine)
+    assert result.start_seconds > 0
+
+
+@pytest.mark.parametrize("pipeline", ["feed_dict", "queue"])
+def test_waiting_and_computing_make_up_the_epoch(pipeline):
+    result = train(pipeline, **{**QUICK, "steps": 25, "delay": 0.03, "validate": False})
+    (epoch,) = result.epochs
+    assert epoch.waiting + epoch.computing == pytest.approx(epoch.seconds, rel=0.05)
+    assert epoch.waiting > 0 and epoch.computing > 0
+    assert sum(wait for wait, _ in result.steps) == pytest.approx(epoch.waiting)
+    assert sum(compute for _, compute in result.steps) == pytest.approx(epoch.computing)
+
+
+def test_feed_dict_waits_for_as_long_as_its_generator_sleeps():
+    (epoch,) = train("feed_dict", **{**QUICK, "steps": 20, "delay": 0.03}).epochs
+    assert 20 * 0.03 <= epoch.waiting < 1.4 * 20 * 0.03
+    assert epoch.seconds >= epoch.waiting
+
+
+def test_a_queue_with_enough_threads_waits_less_than_feed_dict():
+    # The article's whole point, as a ratio with much room: 6 sleepers against one.
+    setup = {**QUICK, "steps": 30, "delay": 0.05, "validate": False}
+    serial, queued = (train("feed_dict", **setup), train("queue", 6, **setup))
+    assert queued.epochs[0].waiting < 0.6 * serial.epochs[0].waiting
+
+
+def test_a_constant_batch_is_never_waited_for():
+    (epoch,) = train("constant", **{**QUICK, "delay": 0.5, "validate": False}).epochs
+    assert epoch.waiting == 0 and epoch.computing > 0
+    assert epoch.valid_accuracy is None and epoch.valid_loss is None
+
+
+def test_the_seed_fixes_weights_and_order():
+    def losses(seed):
+        run = train("feed_dict", seed=seed, **QUICK)
+        return [run.epochs[0].train_loss, run.epochs[0].valid_loss]
+
+    assert losses(3) == pytest.approx(losses(3), rel=1e-5)
+    assert losses(3) != pytest.approx(losses(4), rel=1e-3)
+
+
+def test_training_learns():
+    setup = {**QUICK, "steps": 60, "epochs": 2, "learning_rate": 3e-3}
+    first, last = train("queue", 2, **setup).epochs
+    assert last.train_loss < first.train_loss and last.valid_accuracy > 0.5
+
+
+def test_any_iterator_of_batches_will_do(small_mnist):
+    seen = []
+
+    def mine(worker, n_workers):
+        data = MnistDataGenerator(20, data=small_mnist)
+        for batch in islice(data.epoch_iterator(worker, n_workers), 50):
+            seen.append(worker)
+            yield batch
+
+    result = train("queue", 2, iterator=mine, **{**QUICK, "steps": 100, "epochs": 3})
+    # 600 samples are 18 batches of 32 and one of 24; then the data are at their end.
+    assert [epoch.steps for epoch in result.epochs] == [19]
+    assert set(seen) == {0, 1} and "mine" in result.settings["iterator"]
+
+
+@pytest.mark.parametrize("pipeline", ["feed_dict", "queue"])
+def test_a_failing_generator_ends_the_training(pipeline, small_mnist):
+    def faulty():
+        yield from islice(MnistDataGenerator(32, data=small_mnist).train_iterator(), 5)
+        raise OSError("no disk")
+
+    expected = WorkerError if pipeline == "queue" else OSError
+    with pytest.raises(expected, match="no disk"):
+        train(pipeline, iterator=faulty, **{**QUICK, "steps": 100})
+
+
+def test_an_interrupt_leaves_nothing_running_and_the_call_works_again():
+    def interrupt(runner):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train("queue", 3, on_start=interrupt, **QUICK)
+    assert train("queue", 3, **QUICK).epochs[0].steps == 4
+
+
+def test_on_start_gets_the_running_runner():
+    got = []
+    train("queue", on_start=lambda runner: got.append((runner, runner.depth() >= 0)), **QUICK)
+    train("feed_dict", on_start=lambda runner: got.append(runner), **QUICK)
+    assert got[0][0].batch_size == 32 and got[0][1] and got[1] is None
+
+
+@pytest.mark.parametrize(
+    ("wrong", "named"),
+    [
+        ({"pipeline": "tfrecord"}, "pipeline.*tfrecord"),
+        ({"workers": "actor"}, "workers.*actor"),
+        ({"n_threads": 0}, "n_threads.*0"),
+        ({"epochs": 0}, "epochs.*0"),
+        ({"steps": 1.5}, r"steps.*1\.5"),
+        ({"batch_size": 0}, "batch_size.*0"),
+        ({"delay": -1}, "delay.*-1"),
+        ({"delay": float("nan")}, "delay.*nan"),
+        ({"learning_rate": float("inf")}, "learning_rate.*inf"),
+        ({"capacity": 33}, "capacity.*64.*33"),
+        ({"min_after_dequeue": -1}, "min_after_dequeue"),
+        ({"seed": -1}, "seed.*-1"),
+    ],
+)
+def test_wrong_settings_are_refused_by_name(wrong, named):
+    with pytest.raises(ValueError, match=named):
+        train(**{**QUICK, **wrong})
+
+
+# -- History as JSON -----------------------------------------------------------------------------
+
+
+def test_a_history_comes_back_as_it_was(history, tmp_path):
+    history.save(tmp_path / "run.json")
+    assert History.load(tmp_path / "run.json") == history
+    assert History.load(str(tmp_path / "run.json")).epochs[0].steps_per_second == 5.0
+
+
+def test_the_history_of_a_real_run_comes_back_as_it_was(tmp_path):
+    result = train("queue", log_dir=tmp_path / "log", **QUICK)
+    result.save(tmp_path / "run.json")
+    assert History.load(tmp_path / "run.json") == result
+
+
+def test_numpy_integers_as_settings_can_be_saved(tmp_path):
+    # train takes them, as from np.arange in a notebook's sweep.
+    result = train("constant", **{**QUICK, "steps": np.int64(2), "validate": False})
+    result.save(tmp_path / "run.json")
+    assert History.load(tmp_path / "run.json").epochs == result.epochs
+
+
+def test_the_saved_file_is_plain_json_with_the_rate(history, tmp_path):
+    history.save(tmp_path / "run.json")
+    data = json.loads((tmp_path / "run.json").read_text())
+    assert data["epochs"][0]["steps_per_second"] == 5.0
+    assert data["epochs"][1]["valid_accuracy"] is None
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "no json",
+        "[]",
+        "{}",
+        "3",
+        '{"epochs": [1]}',
+        '{"epochs": []}',
+        '{"epochs": 1}',
+        '{"epochs": [{"steps_per_second": 1, "colour": 2}], "steps": []}',
+    ],
+)
+def test_another_file_is_refused_by_name(tmp_path, text):
+    (tmp_path / "other.json").write_text(text)
+    with pytest.raises(ValueError, match=r"other\.json"):
+        History.load(tmp_path / "other.json")
+
+
+def test_a_missing_file_is_missing(tmp_path):
+    with pytest.raises(FileNotFoundError):
+        History.load(tmp_path / "none.json")
+
+
+# -- TensorBoard ---------------------------------------------------------------------------------
+
+
+def test_log_dir_keeps_training_and_validation_apart(tmp_path):
+    from labkit.quiet import tf
+
+    result = train("queue", log_dir=tmp_path, **{**QUICK, "epochs": 2})
+
+    def scalars(name):
+        (file,) = (tmp_path / name).glob("events.out.tfevents.*")
+        return [
+            (event.step, value.tag, value.simple_value)
+            for event in tf.compat.v1.train.summary_iterator(str(file))
+            for value in event.summary.value
+        ]
+
+    # One point per 50 steps, so here one per epoch; the same tags, to be drawn in one chart.
+    assert [row[0] for row in scalars("train")] == [0, 0, 4, 4]
+    valid = scalars("valid")
+    assert {tag for _, tag, _ in valid} == {tag for _, tag, _ in scalars("train")}
+    losses = [value for _, tag, value in valid if "loss" in tag]
+    assert losses == pytest.approx([epoch.valid_loss for epoch in result.epochs])
+
+
+# -- the command ---------------------------------------------------------------------------------
+
+
+def test_it_prints_the_articles_lines_after_each_epoch(capsys):
+    assert main(["--n_thread", "2", *FLAGS]) == 0
+    out, err = capsys.readouterr()
+    number = r"\d+\.\d+"
+    lines = [rf"{part}/acc {number}, {part}/loss {number}" for part in ("train", "valid")] * 2
+    shown = [line for line in out.splitlines() if "/acc" in line]
+    assert len(shown) == 4
+    assert all(re.fullmatch(want, got) for want, got in zip(lines, shown, strict=True))
+    # The bar, on stderr where it does not get into a pipe.
+    assert "train_acc=" in err and "train_loss=" in err and "epoch 2/2" in err
+
+
+@pytest.mark.parametrize("pipeline", ["feed_dict", "constant"])
+def test_it_runs_the_other_pipelines(capsys, pipeline):
+    assert main(["--pipeline", pipeline, *FLAGS]) == 0
+    assert capsys.readouterr().out.count("valid/acc") == 2
+
+
+def test_json_and_plot_are_written(tmp_path):
+    json_file, plot_file = tmp_path / "run.json", tmp_path / "run.png"
+    flags = [*FLAGS, "--json", str(json_file), "--plot", str(plot_file)]
+    assert main(flags) == 0
+    result = History.load(json_file)
+    assert len(result.epochs) == 2 and result.settings["n_threads"] == 1
+    assert result.settings["command"].startswith("python -m labkit.train --steps 3")
+    assert plot_file.read_bytes().startswith(b"\x89PNG")
+
+
+ALL_FLAGS = [
+    "n_thread", "pipeline", "workers", "epochs", "steps", "batch_size", "delay", "learning_rate",
+    "capacity", "min_after_dequeue", "seed", "log_dir", "json", "plot",
+]  # fmt: skip
+
+
+def test_help_explains_every_flag_with_its_default(capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(["--help"])
+    assert ended.value.code == 0
+    text = capsys.readouterr().out
+    parts = dict(re.findall(r"(?ms)^  --(\w+)(.*?)(?=^  -|\Z|^\S)", text))
+    assert set(ALL_FLAGS) == set(parts)
+    for flag, explained in parts.items():
+        # Every number has its unit or says that it has none; every path says that it is one.
+        unit = r"count|seconds|samples|integer|no unit|path|kind of worker|how\s+batches"
+        assert re.search(unit, explained), flag
+        if flag not in ("log_dir", "json", "plot"):
+            assert "(default: " in explained, flag
+    assert "(default: 0.05)" in parts["delay"] and "(default: 1875)" in parts["steps"]
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--n_thread", "0"],
+        ["--n_thread", "two"],
+        ["--pipeline", "tfrecord"],
+        ["--workers", "actor"],
+        ["--epochs", "-1"],
+        ["--steps", "0"],
+        ["--batch_size", "0"],
+        ["--batch_size", "70000", "--capacity", "100000"],
+        ["--delay", "-0.1"],
+        ["--delay", "nan"],
+        ["--learning_rate", "inf"],
+        ["--capacity", "1000"],
+        ["--capacity", "100000000000000"],  # petabytes
+        ["--min_after_dequeue", "-5"],
+        ["--seed", "-1"],
+        ["--json", "no/such/folder/x.json"],
+        ["--json", "."],
+        ["--plot", "no/such/folder/x.png"],
+        ["--plot", "x.docx"],
+        ["--plot", "folder.png"],
+        ["--log_dir", "a_file"],
+        ["--no_such_flag"],
+    ],
+    ids=" ".join,
+)
+def test_a_wrong_value_gets_one_line_and_exit_code_2(flags, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder.png").mkdir()
+    (tmp_path / "a_file").write_text("")
+    with pytest.raises(SystemExit) as ended:
+        main([*FLAGS[:6], *flags])
+    assert ended.value.code == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.count("\n") == 1 and err.endswith("\n")
+    assert err.startswith("python -m labkit.train: ")
+    assert flags[0].lstrip("-") in err
+
+
+def test_a_failed_worker_is_told_and_the_command_returns_1(capsys, monkeypatch):
+    def broken(self, *args):
+        raise OSError("no disk")
+        yield
+
+    monkeypatch.setattr(MnistDataGenerator, "passes_iterator", broken)
+    assert main(FLAGS) == 1
+    assert "worker 0 raised OSError: no disk" in capsys.readouterr().err
+
+
+def test_help_comes_without_tensorflow():
+    program = (
+        "import runpy, sys\n"
+        "sys.argv = ['labkit.train', '--help']\n"
+        "try:\n    runpy.run_module('labkit.train', run_name='__main__')\n"
+        "except SystemExit as ended:\n    print('code', ended.code)\n"
+        "print(sorted({'tensorflow', 'keras', 'matplotlib'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.stdout.endswith("code 0\n[]\n") and done.stderr == ""
+
+
+def test_the_screen_shows_the_bar_and_nothing_of_tensorflows_start():
+    command = [sys.executable, "-m", "labkit.train", *FLAGS, "--epochs", "1"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    shown = [line for line in re.split(r"[\r\n]+", done.stderr) if line.strip()]
+    assert shown and all(line.startswith("epoch 1/1") for line in shown), done.stderr
+    assert [line.split()[0] for line in done.stdout.splitlines()] == ["train/acc", "valid/acc"]
