@@ -34,6 +34,10 @@ def load_mnist() -> Mnist:
     return mnist
 
 
+def _is_integer(value: object) -> bool:
+    return isinstance(value, (int, np.integer)) and not isinstance(value, bool)
+
+
 class MnistDataGenerator:
     """Batches of MNIST, with the heavy work of a real input pipeline as a part passed in.
 
@@ -70,7 +74,7 @@ class MnistDataGenerator:
                     f"and {len(y)} labels. Pass arrays of the same length."
                 )
         n = len(self.data.x_train)
-        if not isinstance(batch_size, (int, np.integer)) or not 1 <= batch_size <= n:
+        if not _is_integer(batch_size) or not 1 <= batch_size <= n:
             raise ValueError(
                 f"MnistDataGenerator: batch_size must be an integer from 1 to {n} "
                 f"(the training samples), got {batch_size!r}."
@@ -80,7 +84,9 @@ class MnistDataGenerator:
                 f"MnistDataGenerator: work must be callable as work(images, labels), got {work!r}. "
                 "To sleep 0.05 s a batch, pass labkit.workloads.sleep(0.05)."
             )
-        self.batch_size, self.work, self.seed = int(batch_size), work, seed
+        if not _is_integer(seed) or seed < 0:
+            raise ValueError(f"MnistDataGenerator: seed must be an integer >= 0, got {seed!r}.")
+        self.batch_size, self.work, self.seed = int(batch_size), work, int(seed)
 
     def train_iterator(self, worker: int = 0) -> Iterator[Batch]:
         """Endless: windows of consecutive samples from random starts, with replacement.

@@ -325,26 +325,30 @@ class QueueRunner:
                 self._new_pool()
             assert self._pool is not None
             if self._pool.spec is None:
-                self._pool.set_active(1)
-                message = self._await_first(self._pool)
-                if not isinstance(message, Chunk):
-                    error = self._as_error(message)
-                    self.stop()
-                    raise error from error.__cause__
-                self._first.append(message)
+                self._await_first(self._pool)
             assert self._pool.spec is not None
             self._check_memory(self._pool.spec)
             return self._pool.spec
 
-    def _await_first(self, pool: Pool) -> Message:
+    def _await_first(self, pool: Pool) -> None:
+        """Starts workers one by one until one delivers; what they say is kept for the feeder."""
         began = time.monotonic()
         try:
-            while True:
+            while not any(isinstance(message, Chunk) for message in self._first):
+                pool.set_active(max(1, pool.active))
                 message = pool.get(_TICK)
-                if message is not None:
-                    return message
-                if self.timeout is not None and time.monotonic() - began > self.timeout:
-                    return self._stalled(pool, 0)
+                if message is None:
+                    if self.timeout is not None and time.monotonic() - began > self.timeout:
+                        raise self._as_error(self._stalled(pool, pool.active - 1))
+                    continue
+                self._first.append(message)
+                if isinstance(message, Chunk):
+                    break
+                go_on = isinstance(message, Ended) or self.on_error == "continue"
+                if not go_on or pool.active == pool.n_workers:
+                    error = self._as_error(message)
+                    raise error from error.__cause__
+                pool.set_active(pool.active + 1)
         except BaseException:
             self.stop()
             raise

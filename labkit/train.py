@@ -77,7 +77,7 @@ class History:
             data["epochs"] = [Epoch(**row) for row in data["epochs"]]
             data["steps"] = [(wait, compute) for wait, compute in data["steps"]]
             return cls(**data)
-        except (KeyError, TypeError, ValueError) as error:
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise ValueError(
                 f"History.load: expected a file written by History.save, got {path} "
                 f"({type(error).__name__}: {error})."
@@ -156,11 +156,7 @@ def train(
         ValueError: an argument is out of range.
         WorkerError: a worker failed; see `QueueRunner`.
     """
-    settings = {
-        k: str(v) if isinstance(v, Path) else v
-        for k, v in locals().items()
-        if k not in ("iterator", "on_start")
-    }
+    settings = {k: _plain(v) for k, v in locals().items() if k not in ("iterator", "on_start")}
     _check_settings(settings)
     from labkit.model import model_fn
     from labkit.monitor import StepTimer
@@ -261,6 +257,15 @@ def train(
     return history
 
 
+def _plain(value: Any) -> Any:
+    """A setting as JSON gives it back."""
+    if isinstance(value, Path):
+        return str(value)
+    if isinstance(value, np.generic):
+        return value.item()
+    return list(value) if isinstance(value, tuple) else value
+
+
 def _check_settings(settings: dict[str, Any]) -> None:
     for name, least in (("n_threads", 1), ("epochs", 1), ("steps", 1), ("batch_size", 1)):
         value = settings[name]
@@ -274,6 +279,9 @@ def _check_settings(settings: dict[str, Any]) -> None:
         raise ValueError(
             f"train: workers must be 'thread' or 'process', got {settings['workers']!r}."
         )
+    seed = settings["seed"]
+    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**31:
+        raise ValueError(f"train: seed must be an integer from 0 to 2**31 - 1, got {seed!r}.")
     for name in ("delay", "learning_rate"):
         value = settings[name]
         if not isinstance(value, (int, float)) or not math.isfinite(value) or value < 0:
@@ -367,7 +375,9 @@ def _parser() -> _Parser:
         prog="python -m labkit.train",
         description="Train the CNN on MNIST, by queue or feed_dict, and see where time goes.",
         epilog="Set TF_CPP_MIN_LOG_LEVEL=0 to see TensorFlow's own start-up lines.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=lambda prog: argparse.ArgumentDefaultsHelpFormatter(
+            prog, max_help_position=32, width=120
+        ),
     )
     add = parser.add_argument
     add("--n_thread", type=int, default=1, help="workers that make batches, a count")
@@ -424,6 +434,8 @@ def main(arguments: list[str] | None = None) -> int:
     for flag, path in (("--json", json_file), ("--plot", plot_file)):
         if path and not Path(path).resolve().parent.is_dir():
             parser.error(f"{flag}: the folder of {path} does not exist; make it first")
+        if path and Path(path).is_dir():
+            parser.error(f"{flag}: expected a file, got the folder {path}")
     if plot_file and Path(plot_file).suffix not in (".png", ".pdf", ".svg"):
         parser.error(f"--plot: expected a file ending in .png, .pdf or .svg, got {plot_file}")
     try:
@@ -433,10 +445,14 @@ def main(arguments: list[str] | None = None) -> int:
         # The flag of n_threads has the article's name.
         text = str(error).split(": ", 1)[1].replace("n_threads", "n_thread")
         parser.error(text.rstrip("."))
+    if options["log_dir"] and Path(options["log_dir"]).is_file():
+        parser.error(f"--log_dir: expected a folder, got the file {options['log_dir']}")
     from labkit.workers import WorkerError
 
     try:
         history = train(**options)
+    except MemoryError as error:
+        parser.error(str(error))
     except WorkerError as error:
         print(f"{parser.prog}: {error}", file=sys.stderr)
         return 1

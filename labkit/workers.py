@@ -55,6 +55,10 @@ class Component:
     shape: tuple[int, ...]
     dtype: np.dtype
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "shape", tuple(self.shape))
+        object.__setattr__(self, "dtype", np.dtype(self.dtype))
+
     @property
     def is_text(self) -> bool:
         return self.dtype.kind in "SUO"
@@ -250,6 +254,7 @@ class _Place:
     since: float = field(default_factory=time.monotonic)
     held: list[int] = field(default_factory=list)
     ended: bool = False
+    lost: bool = False
 
 
 class Pool:
@@ -279,6 +284,7 @@ class Pool:
             state.since = time.monotonic()
             state.taken += isinstance(message, Chunk)
             state.ended = not isinstance(message, Chunk)
+            state.lost = isinstance(message, Failed | Died)
         return message
 
     def release(self, chunk: Chunk) -> None:
@@ -300,7 +306,7 @@ class Pool:
 
     def next_epoch(self) -> None:
         for worker, state in enumerate(self._states):
-            state.ended, state.since = False, time.monotonic()
+            state.ended, state.since = state.lost, time.monotonic()
             self._go(worker)
 
     def where(self, worker: int) -> str:

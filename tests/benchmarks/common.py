@@ -58,7 +58,7 @@ class Steps:
                 self.stack.enter_context(runner.start(self.sess))
                 self.sess.run(labels)
             self.start_seconds = time.perf_counter() - began
-            self.stored = 31 + 2 * n if runner is not None else 0
+            self.stored = 31 + 3 * n if runner is not None else 0
 
     def step(self) -> None:
         feed = (

@@ -1,4 +1,4 @@
-"""A generator that holds Python's lock, in threads and processes: `python -m tests.benchmarks.lock`.
+"""Python's lock, in threads and processes: `python -m tests.benchmarks.lock`.
 
 Trains the CNN with 20 ms of pure Python a batch: 1 thread, 2 threads, 1 process, 2 processes, in
 turn; medians of the ratios to 1 thread within a round.

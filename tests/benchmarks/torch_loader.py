@@ -1,4 +1,4 @@
-"""Batches between processes, beside PyTorch's DataLoader: `python -m tests.benchmarks.torch_loader`.
+"""Beside PyTorch's DataLoader: `python -m tests.benchmarks.torch_loader`.
 
 End to end: a worker process makes a batch of float32, the parent holds it as a tensor. Ours goes
 worker -> shared memory -> RandomShuffleQueue -> dequeued tensor; theirs worker -> shared memory
@@ -83,7 +83,7 @@ def main() -> None:
         for name, (shape, count) in SHAPES.items():
             for workers in (1, 2):
                 pairs = [
-                    tuple(pool.submit(run, shape, count, workers).result() for run in (ours, theirs))
+                    [pool.submit(run, shape, count, workers).result() for run in (ours, theirs)]
                     for _ in range(ROUNDS)
                 ]
                 results[f"{name}, {workers} workers"] = {
