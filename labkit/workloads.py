@@ -4,6 +4,7 @@ Each function returns a callable `work(images, labels) -> (images, labels)` for
 `MnistDataGenerator(work=...)`; write your own in the same form. NumPy only.
 """
 
+import math
 import time
 from collections.abc import Callable
 
@@ -12,10 +13,11 @@ import numpy as np
 Work = Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]
 
 
-def _seconds(name: str, seconds: float) -> float:
-    if isinstance(seconds, bool) or not isinstance(seconds, (int, float)) or not seconds >= 0:
-        raise ValueError(f"{name}: seconds must be a number >= 0, got {seconds!r}.")
-    return float(seconds)
+def _amount(name: str, what: str, value: float) -> float:
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not number or not 0 <= value < math.inf:
+        raise ValueError(f"{name}: {what} must be a number >= 0, got {value!r}.")
+    return float(value)
 
 
 class sleep:  # noqa: N801 - reads as a function where it is used
@@ -25,7 +27,7 @@ class sleep:  # noqa: N801 - reads as a function where it is used
     """
 
     def __init__(self, seconds: float = 0.05) -> None:
-        self.seconds = _seconds("sleep", seconds)
+        self.seconds = _amount("sleep", "seconds", seconds)
 
     def __call__(self, images: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         time.sleep(self.seconds)
@@ -41,7 +43,7 @@ class busy_python:  # noqa: N801
     """
 
     def __init__(self, seconds: float = 0.02) -> None:
-        self.seconds = _seconds("busy_python", seconds)
+        self.seconds = _amount("busy_python", "seconds", seconds)
         trials = []
         for _ in range(3):
             start = time.thread_time()
@@ -71,9 +73,7 @@ class distort:  # noqa: N801
     """
 
     def __init__(self, strength: float = 1.0) -> None:
-        if isinstance(strength, bool) or not isinstance(strength, (int, float)) or strength < 0:
-            raise ValueError(f"distort: strength must be a number >= 0, got {strength!r}.")
-        self.strength = float(strength)
+        self.strength = _amount("distort", "strength", strength)
 
     def __call__(self, images: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         n, height, width, _ = images.shape

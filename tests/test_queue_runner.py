@@ -655,6 +655,15 @@ def test_after_an_interrupt_the_same_code_runs_again(consume):
     assert sorted(i for index, _ in batches for i in index.tolist()) == list(range(40))
 
 
+@pytest.fixture
+def python_handles_sigint():
+    # A shell's background job starts with the signal ignored; a test that sends it must not.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("python_handles_sigint")
 def test_ctrl_c_ends_a_loop_that_sits_inside_tensorflow(consume):
     # The signal comes while sess.run waits for data, where Python's handler cannot run.
     runner = QueueRunner(endless(0.05, chunk=1), 8, capacity=2000, min_after_dequeue=1000)
