@@ -1,4 +1,4 @@
-"""Draws figures/full_size.png from the two full-size runs: `python -m tests.benchmarks.full_size`."""
+"""Draws figures/full_size.png from both runs: `python -m tests.benchmarks.full_size`."""
 
 from labkit import plots
 from labkit.train import History
@@ -8,7 +8,7 @@ from tests.benchmarks.common import FIGURES, median
 def main() -> None:
     runs = {n: History.load(FIGURES / f"full_n{n}.json") for n in (1, 4)}
     seconds = {n: median([e.seconds for e in run.epochs]) for n, run in runs.items()}
-    shares = {n: n and sum(e.waiting for e in r.epochs) / sum(e.seconds for e in r.epochs)
+    shares = {n: sum(e.waiting for e in r.epochs) / sum(e.seconds for e in r.epochs)
               for n, r in runs.items()}  # fmt: skip
     figure = plots.epochs(
         {f"{n} thread{'s' if n > 1 else ''}, {shares[n]:.0%} waiting": r for n, r in runs.items()},
