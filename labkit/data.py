@@ -13,6 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 Batch = tuple[np.ndarray, np.ndarray]
+_ONE_HOT = np.eye(10, dtype=np.float32)
 
 
 class Mnist(NamedTuple):
@@ -134,8 +135,8 @@ class MnistDataGenerator:
 
     @staticmethod
     def _convert(x: np.ndarray, y: np.ndarray) -> Batch:
-        images = x[..., np.newaxis].astype(np.float32) / np.float32(255)
-        return images, np.eye(10, dtype=np.float32)[y]
+        images = np.multiply(x[..., np.newaxis], np.float32(1 / 255), dtype=np.float32)
+        return images, _ONE_HOT[y]
 
     def __reduce__(self) -> tuple:
         # A tuple of plain arrays: workers.py then puts them into memory that processes share.

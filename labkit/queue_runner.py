@@ -39,6 +39,7 @@ from labkit.workers import (
 
 _v1 = tf.compat.v1
 _TICK = 0.1
+_SMALL_BYTES, _TOGETHER = 1 << 20, 8
 _POOLS: dict[str, type[Pool]] = {"thread": ThreadPool, "process": ProcessPool}
 _RUNNING: "weakref.WeakSet[QueueRunner]" = weakref.WeakSet()
 
@@ -431,12 +432,18 @@ class QueueRunner:
                 if message is None:
                     continue
                 if isinstance(message, Chunk):
+                    chunks = _ready_together(message, waiting, pool)
+                    arrays = message.arrays
+                    if len(chunks) > 1:
+                        columns = zip(*(chunk.arrays for chunk in chunks), strict=True)
+                        arrays = [np.concatenate(column) for column in columns]
                     began = time.monotonic()
-                    queue.enqueue(message.arrays)
-                    self.samples += len(message.arrays[0])
-                    pool.release(message)
+                    queue.enqueue(arrays)
+                    self.samples += len(arrays[0])
+                    for chunk in chunks:
+                        pool.release(chunk)
                     if scaler:
-                        scaler.note(time.monotonic() - began, len(message.arrays[0]))
+                        scaler.note(time.monotonic() - began, len(arrays[0]))
                     continue
                 if not isinstance(message, Ended):
                     error = self._as_error(message)
@@ -617,6 +624,20 @@ class _InterruptWatch:
         for end in self.sockets or ():
             end.close()
         self.sockets = None
+
+
+def _ready_together(first: Chunk, waiting: list[Message], pool: Pool) -> list[Chunk]:
+    """`first`, and what else is ready now if chunks are small: one enqueue then serves several."""
+    chunks = [first]
+    small = sum(array.nbytes for array in first.arrays) < _SMALL_BYTES
+    while small and len(chunks) < _TOGETHER:
+        message = waiting.pop(0) if waiting else pool.get(0)
+        if not isinstance(message, Chunk):
+            if message is not None:
+                waiting.insert(0, message)
+            break
+        chunks.append(message)
+    return chunks
 
 
 def _tf_type(component: Component) -> tf.DType:

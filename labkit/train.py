@@ -194,9 +194,9 @@ def train(
             inputs = fed
         training = model_fn(inputs, is_train=True, learning_rate=learning_rate)
         validation = model_fn(fed, reuse=True, is_train=False)
-        # One thread in each pool. The operations are too small to be worth splitting, and a pool
-        # as large as the machine takes the cores that the producers need: on a 2-core processor
-        # with AVX-512 the CNN made 1.5 times as many steps/s (tests/benchmarks/pools.py).
+        # One thread in each pool: the operations are too small to be worth splitting, and larger
+        # pools fight the producers for cores. 1 and 1 took one 2-core machine from 320 to 540
+        # steps/s; on another it is within 5 % of TensorFlow's own (tests/benchmarks/pools.py).
         config = v1.ConfigProto(
             intra_op_parallelism_threads=pools[0], inter_op_parallelism_threads=pools[1]
         )

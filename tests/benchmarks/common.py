@@ -58,7 +58,7 @@ class Steps:
                 self.stack.enter_context(runner.start(self.sess))
                 self.sess.run(labels)
             self.start_seconds = time.perf_counter() - began
-            self.stored = 31 + 3 * n if runner is not None else 0
+            self.runner, self.least = runner, min_after + 32
 
     def step(self) -> None:
         feed = (
@@ -76,7 +76,9 @@ class Steps:
 
     def drain(self) -> None:
         """Uses up what was stored during a pause, so that the rate is the steady one."""
-        for _ in range(self.stored + 4):
+        for step in range(200):
+            if step >= 4 and (self.runner is None or self.runner.depth() < self.least):
+                break
             self.step()
 
     def __enter__(self) -> "Steps":
