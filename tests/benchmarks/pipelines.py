@@ -11,8 +11,8 @@ from labkit.workloads import sleep
 from tests.benchmarks.common import Steps, median, spread, write
 
 DELAY = 0.05
-COUNTS = {1: 60, 4: 240, 16: 600, 32: 600}
-ROUNDS = 5
+COUNTS = {1: 50, 4: 200, 16: 500, 32: 500}
+ROUNDS = 7
 
 
 def at_delay() -> dict:
@@ -31,10 +31,10 @@ def at_delay() -> dict:
             serials.append(serial.rate(40))
             for n, queue in queues.items():
                 queue.drain()
-                before = constant.rate(150)
+                before = constant.rate(300)
                 queue.drain()
                 rate = queue.rate(COUNTS[n])
-                compute = (before + constant.rate(150)) / 2
+                compute = (before + constant.rate(300)) / 2
                 computes.append(compute)
                 rates[n].append(rate)
                 shares[n].append(rate / min(n / DELAY, compute))
