@@ -1,7 +1,7 @@
 """Queue and feed_dict against the bound: `python -m tests.benchmarks.pipelines`.
 
-The bound is min(n / delay, compute-only). Every round measures compute-only, feed_dict and each
-number of threads in turn; figures are medians over the rounds of the ratios within a round.
+The bound is min(n / delay, compute-only). Every round measures compute-only before and
+after; figures are medians over the rounds of the ratios within a round.
 """
 
 from contextlib import ExitStack
@@ -12,7 +12,7 @@ from tests.benchmarks.common import Steps, median, spread, write
 
 DELAY = 0.05
 COUNTS = {1: 50, 4: 200, 16: 500, 32: 500}
-ROUNDS = 7
+ROUNDS = 5
 
 
 def at_delay() -> dict:
@@ -20,26 +20,28 @@ def at_delay() -> dict:
     with ExitStack() as stack:
         constant = stack.enter_context(Steps("constant"))
         serial = stack.enter_context(Steps("feed_dict", factory))
-        queues = {n: stack.enter_context(Steps("queue", factory, n)) for n in COUNTS}
         computes: list[float] = []
         serials: list[float] = []
         rates: dict[int, list[float]] = {n: [] for n in COUNTS}
         shares: dict[int, list[float]] = {n: [] for n in COUNTS}
         gains: list[float] = []
+        start: dict[int, float] = {}
         constant.rate(100)
-        for _ in range(ROUNDS):
-            serials.append(serial.rate(40))
-            for n, queue in queues.items():
-                queue.drain()
-                before = constant.rate(300)
-                queue.drain()
-                rate = queue.rate(COUNTS[n])
-                compute = (before + constant.rate(300)) / 2
-                computes.append(compute)
-                rates[n].append(rate)
-                shares[n].append(rate / min(n / DELAY, compute))
-            gains.append(rates[4][-1] / serials[-1])
-        start = {n: run.start_seconds for n, run in queues.items()}
+        for n, count in COUNTS.items():
+            # One queue at a time, as in a user's notebook.
+            with Steps("queue", factory, n) as queue:
+                start[n] = queue.start_seconds
+                for _ in range(ROUNDS):
+                    before = constant.rate(300)
+                    queue.drain()
+                    rate = queue.rate(count)
+                    compute = (before + constant.rate(300)) / 2
+                    computes.append(compute)
+                    rates[n].append(rate)
+                    shares[n].append(rate / min(n / DELAY, compute))
+                    if n == 4:
+                        serials.append(serial.rate(40))
+                        gains.append(rate / serials[-1])
     return {
         "delay": DELAY,
         "compute_only": median(computes),
