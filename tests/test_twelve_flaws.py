@@ -10,6 +10,7 @@ import time
 import numpy as np
 import pytest
 
+import labkit
 from labkit import MnistDataGenerator, QueueRunner, WorkerError, busy_python, distort, sleep
 from labkit.data import Mnist
 from labkit.model import build_model, model_fn
@@ -210,3 +211,16 @@ def test_flaw_11_the_model_builds_where_keras_3_took_the_layers_away():
         with session() as sess:
             _, loss = sess.run((spec["train_op"], spec["loss"]), feed(inputs))
     assert np.isfinite(loss)
+
+
+@pytest.mark.parametrize(
+    ("delay", "step", "says"), [(0.03, 0.002, "Input-bound"), (0.0, 0.03, "Model-bound")]
+)
+def test_flaw_12_it_says_what_the_bottleneck_is_and_how_many_workers_cure_it(delay, step, says):
+    data = MnistDataGenerator(32, sleep(delay))
+    report = labkit.diagnose(data.passes_iterator, step, seconds=5, progress=False)
+    assert report.verdict.startswith(says)
+    if says == "Input-bound":
+        assert report.best.n >= 4 and report.speed_up > 2
+    else:
+        assert "none" in report.verdict
