@@ -15,7 +15,7 @@ import time
 import warnings
 import weakref
 from collections.abc import Callable, Iterable
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import psutil
@@ -35,6 +35,7 @@ from labkit.workers import (
     Spec,
     ThreadPool,
     WorkerError,
+    interrupts_held_back,
 )
 
 _v1 = tf.compat.v1
@@ -149,6 +150,7 @@ class QueueRunner:
         self._watch: _InterruptWatch | None = None
         self._stopping = threading.Event()
         self._lock = threading.RLock()
+        self._abandoned = weakref.finalize(self, list)
         IteratorFactory(iterator, 1)
 
     # ------------------------------------------------------------------ graph mode
@@ -175,8 +177,12 @@ class QueueRunner:
                 "returned, or make another QueueRunner."
             )
         spec = self._ready_spec()
-        self._queue = _GraphQueue(self, spec)
-        return self._queue.inputs(spec)
+        try:
+            self._queue = _GraphQueue(self, spec)
+            return self._queue.inputs(spec)
+        except BaseException:
+            self.stop()
+            raise
 
     def start(self, sess: "tf.compat.v1.Session", n_threads: int | None = None) -> "QueueRunner":
         """Starts the workers and returns the runner, for use as `with runner.start(sess):`.
@@ -198,7 +204,11 @@ class QueueRunner:
                 self._change_count(int(n_threads))
         self._queue.attach(sess)
         self._watch = self._watch or _InterruptWatch()
-        self._launch()
+        try:
+            self._launch()
+        except KeyboardInterrupt:
+            self.stop()
+            raise
         return self
 
     # ------------------------------------------------------------------ eager mode
@@ -280,18 +290,8 @@ class QueueRunner:
 
     def stop(self) -> None:
         """Ends and joins every worker and the feeder, and closes the queue. May be called twice."""
-        with self._lock:
-            self._stopping.set()
-            if self._queue is not None and self._feeder is not None:
-                with contextlib.suppress(tf.errors.OpError, RuntimeError):
-                    self._queue.close(cancel=True)
-            left = self._pool.stop() if self._pool else []
-            self._join_feeder()
-            self._pool, self._first = None, []
-            if self._watch is not None:
-                self._watch.close()
-                self._watch = None
-            _RUNNING.discard(self)
+        with interrupts_held_back():
+            left = self._stop()
         if left:
             warnings.warn(
                 f"QueueRunner.stop: {len(left)} thread(s) did not end within 2 s. A thread cannot "
@@ -300,6 +300,31 @@ class QueueRunner:
                 RuntimeWarning,
                 stacklevel=2,
             )
+
+    def _stop(self) -> list[str]:
+        self._stopping.set()
+        while not self._lock.acquire(timeout=_TICK):
+            self._stopping.set()  # whoever has the lock may have begun anew just now
+        try:
+            self._stopping.set()
+            if self._queue is not None and self._feeder is not None:
+                with contextlib.suppress(tf.errors.OpError, RuntimeError):
+                    self._queue.close(cancel=True)
+            if self._pool is not None:
+                self._pool.wake()
+            # The feeder goes first: it must not meet a pool that is half gone.
+            self._join_feeder()
+            left = self._pool.stop() if self._pool else []
+            self._pool, self._first = None, []
+            self._abandoned.detach()
+            if self._watch is not None:
+                self._watch.close()
+                self._watch = None
+            _InterruptWatch.close_those_left()
+            _RUNNING.discard(self)
+            return left
+        finally:
+            self._lock.release()
 
     def __enter__(self) -> "QueueRunner":
         return self
@@ -336,6 +361,8 @@ class QueueRunner:
         began = time.monotonic()
         try:
             while not any(isinstance(message, Chunk) for message in self._first):
+                if self._stopping.is_set():
+                    raise WorkerError("QueueRunner: stopped before the first batch.")
                 pool.set_active(max(1, pool.active))
                 message = pool.get(_TICK)
                 if message is None:
@@ -356,7 +383,11 @@ class QueueRunner:
 
     def _new_pool(self) -> None:
         count = self.max_workers if self.n_workers == "auto" else int(self.n_workers)
-        self._pool = _POOLS[self.workers](IteratorFactory(self.iterator, count), self._given_spec)
+        factory = IteratorFactory(self.iterator, count)
+        with interrupts_held_back():
+            self._pool = _POOLS[self.workers](factory, self._given_spec)
+            # An interrupt between get_inputs and start leaves no one to call stop.
+            self._abandoned = weakref.finalize(self, self._pool.stop)
         self._lost, self._scaler = set(), None
         _RUNNING.add(self)
 
@@ -368,6 +399,7 @@ class QueueRunner:
             # The first batch came from another partition of the data: begin again with this one.
             spec = self._pool.spec
             self._pool.stop()
+            self._abandoned.detach()
             self._first = []
             self._new_pool()
             self._pool.spec = spec
@@ -415,6 +447,7 @@ class QueueRunner:
         try:
             pool.set_active(max(pool.active, 1) if scaler else pool.n_workers)
             waiting, self._first = self._first, []
+            look_again = 0.0
             while not self._stopping.is_set():
                 message = waiting.pop(0) if waiting else pool.get(_TICK)
                 if (
@@ -426,9 +459,13 @@ class QueueRunner:
                         "QueueRunner: interrupted while the consumer waited for data."
                     )
                     break
-                if message is None and self.timeout is not None:
+                if self.timeout is not None and time.monotonic() > look_again:
+                    # Also while other workers deliver; their message then waits its turn.
+                    look_again = time.monotonic() + _TICK
                     late = pool.late(self.timeout)
-                    message = None if late is None else self._stalled(pool, late)
+                    if late is not None:
+                        waiting[:0] = [] if message is None else [message]
+                        message = self._stalled(pool, late)
                 if message is None:
                     continue
                 if isinstance(message, Chunk):
@@ -447,11 +484,12 @@ class QueueRunner:
                     continue
                 if not isinstance(message, Ended):
                     error = self._as_error(message)
+                    first_loss = not lost
                     lost.add(message.worker)
                     if self.on_error == "raise" or len(lost) == pool.n_workers:
                         self.error = error
                         break
-                    if len(lost) == 1:
+                    if first_loss:
                         warnings.warn(
                             f"{error}\nGoing on with the other workers.",
                             RuntimeWarning,
@@ -592,11 +630,14 @@ class _InterruptWatch:
     Does nothing outside the main thread, or where something else listens already.
     """
 
+    _left_open: "ClassVar[list[_InterruptWatch]]" = []
+
     def __init__(self) -> None:
         self.since = 0.0
         self.sockets: tuple[socket.socket, socket.socket] | None = None
         if threading.current_thread() is not threading.main_thread():
             return
+        self.close_those_left()
         reader, writer = socket.socketpair()
         reader.setblocking(False)
         writer.setblocking(False)
@@ -615,10 +656,21 @@ class _InterruptWatch:
         return bool(self.since) and time.monotonic() - self.since > 1.0
 
     def close(self) -> None:
-        # Python lets only the main thread take its descriptor back; until then it stays open.
-        if self.sockets is not None and threading.current_thread() is threading.main_thread():
+        if self.sockets is None:
+            return
+        if threading.current_thread() is threading.main_thread():
             signal.set_wakeup_fd(-1)
             self._close_sockets()
+        else:
+            # Only the main thread may take the descriptor back. Until then it must stay open, or
+            # signals would be written into whatever opens next under its number.
+            self._left_open.append(self)
+
+    @classmethod
+    def close_those_left(cls) -> None:
+        if threading.current_thread() is threading.main_thread():
+            while cls._left_open:
+                cls._left_open.pop().close()
 
     def _close_sockets(self) -> None:
         for end in self.sockets or ():

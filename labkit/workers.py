@@ -6,6 +6,7 @@ A worker has two or more places for chunks; with all of them taken, it waits. No
 """
 
 import contextlib
+import errno
 import inspect
 import json
 import linecache
@@ -257,6 +258,23 @@ class _Place:
     lost: bool = False
 
 
+@contextlib.contextmanager
+def interrupts_held_back() -> Iterator[None]:
+    """Ctrl-C waits until the block is done: a half-started process could not be ended."""
+    before = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or not callable(before):
+        yield
+        return
+    held: list[Any] = []
+    signal.signal(signal.SIGINT, lambda *call: held.append(call))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+        if held:
+            before(*held[-1])
+
+
 class Pool:
     """What thread and process workers share: who is active, who is waiting, who is late."""
 
@@ -265,13 +283,15 @@ class Pool:
         self.n_workers = factory.n_workers
         self.active = 0
         self._states: list[_Place] = []
+        self._woken_up = False
 
     def set_active(self, count: int) -> None:
         """Lets workers 0 to count - 1 produce, starting those not yet started; others pause."""
         self.active = count
-        while len(self._states) < count:
-            self._states.append(_Place())
-            self._start(len(self._states) - 1)
+        while len(self._states) < count and not self._woken_up:
+            with interrupts_held_back():
+                self._start(len(self._states))
+                self._states.append(_Place())
         for worker, state in enumerate(self._states[:count]):
             while state.held:
                 self._free(worker, state.held.pop())
@@ -284,7 +304,7 @@ class Pool:
             state.since = time.monotonic()
             state.taken += isinstance(message, Chunk)
             state.ended = not isinstance(message, Chunk)
-            state.lost = isinstance(message, Failed | Died)
+            state.lost |= isinstance(message, Failed | Died)
         return message
 
     def release(self, chunk: Chunk) -> None:
@@ -297,10 +317,14 @@ class Pool:
             state.held.append(chunk.place)
 
     def late(self, timeout: float) -> int | None:
-        """A worker that has been inside its iterator for more than `timeout` seconds, if any."""
+        """A worker that has been inside its iterator for more than `timeout` seconds, if any.
+
+        It counts as lost from then on, so that it is named once.
+        """
         for worker, state in enumerate(self._states[: self.active]):
-            idle = state.ended or state.taken >= self._places(worker)
+            idle = state.ended or state.lost or state.taken >= self._places(worker)
             if not idle and time.monotonic() - state.since > timeout:
+                state.lost = True
                 return worker
         return None
 
@@ -312,6 +336,10 @@ class Pool:
     def where(self, worker: int) -> str:
         """The lines of the user's code that a worker is in now."""
         raise NotImplementedError
+
+    def wake(self) -> None:
+        """Lets `set_active` and `get` of another thread return at once, ahead of `stop`."""
+        self._woken_up = True
 
     def stop(self, timeout: float = 2.0) -> list[str]:
         """Ends every worker; returns a line for each that is still running after `timeout` s."""
@@ -338,7 +366,7 @@ class ThreadPool(Pool):
 
     def __init__(self, factory: IteratorFactory, spec: Spec | None = None) -> None:
         super().__init__(factory, spec)
-        self._messages: queue.SimpleQueue[Message] = queue.SimpleQueue()
+        self._messages: queue.SimpleQueue[Message | None] = queue.SimpleQueue()
         self._free_places: list[threading.Semaphore] = []
         self._epochs: list[threading.Semaphore] = []
         self._threads: list[threading.Thread] = []
@@ -393,6 +421,10 @@ class ThreadPool(Pool):
         if frame is None:
             return "it has ended\n"
         return _readable("".join(_own_frames_left_out(traceback.extract_stack(frame)).format()))
+
+    def wake(self) -> None:
+        super().wake()
+        self._messages.put(None)
 
     def stop(self, timeout: float = 2.0) -> list[str]:
         self._stopping = True
@@ -494,9 +526,12 @@ class ProcessPool(Pool):
     def where(self, worker: int) -> str:
         return self._workers[worker].where()
 
-    def stop(self, timeout: float = 2.0) -> list[str]:
+    def wake(self) -> None:
+        super().wake()
         with contextlib.suppress(OSError):
             self._wake.send(b"x")
+
+    def stop(self, timeout: float = 2.0) -> list[str]:
         for process in self._workers:
             process.connection.close()
         deadline = time.monotonic() + timeout / 2
@@ -570,21 +605,31 @@ def shared_memory(nbytes: int, purpose: str) -> int:
         folder = "/dev/shm" if os.path.isdir("/dev/shm") else None
         descriptor, path = tempfile.mkstemp(prefix="labkit", dir=folder)
         os.unlink(path)
-    if nbytes:
-        reserve_shared(descriptor, nbytes, purpose)
+    try:
+        if nbytes:
+            reserve_shared(descriptor, nbytes, purpose)
+    except BaseException:
+        os.close(descriptor)
+        raise
     return descriptor
 
 
 def reserve_shared(descriptor: int, nbytes: int, purpose: str) -> None:
     """Reserves the bytes now, because a page missing later would kill the process by SIGBUS."""
+    import psutil
+
+    room = os.fstatvfs(descriptor)
+    # A memfd's file system has no size of its own; past the machine's memory, the system would
+    # not refuse but kill.
+    free = room.f_bavail * room.f_frsize if room.f_blocks else psutil.virtual_memory().available
     try:
+        if nbytes > free:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         if hasattr(os, "posix_fallocate"):
             os.posix_fallocate(descriptor, 0, nbytes)
         else:
             os.ftruncate(descriptor, nbytes)
     except OSError as error:
-        room = os.fstatvfs(descriptor)
-        free = room.f_bavail * room.f_frsize
         raise MemoryError(
             f"QueueRunner: expected {nbytes / 1e6:.1f} MB of shared memory for {purpose}, "
             f"{free / 1e6:.1f} MB are free ({error.strerror}). Enlarge it (docker run "

@@ -1,5 +1,3 @@
-# ruff: noqa
-# Draft, not collected by pytest yet: its watchdog still ends one of these cases, cause unknown.
 """Every fault: a message in seconds, nothing left behind, and the next run works.
 
 Each test runs LABKIT_REPEATS times (2 unless set). The 100 repeats are one command,
