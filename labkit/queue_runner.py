@@ -630,7 +630,7 @@ class _InterruptWatch:
     Does nothing outside the main thread, or where something else listens already.
     """
 
-    _left_open: "ClassVar[list[_InterruptWatch]]" = []
+    _left_open: ClassVar[list["_InterruptWatch"]] = []
 
     def __init__(self) -> None:
         self.since = 0.0

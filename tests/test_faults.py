@@ -7,6 +7,7 @@ The iterators are nested functions, so that they travel to worker processes by v
 that had to import this file would import TensorFlow with it.
 """
 
+import contextlib
 import errno
 import faulthandler
 import gc
@@ -270,7 +271,7 @@ def test_a_worker_that_is_killed_from_outside_while_it_waits(repeat):
             yield np.zeros(4, np.int64), np.zeros((4, 2), np.float32)
 
     runner, others = QueueRunner(endless, 8, 2, "process", **SMALL), psutil.Process().children()
-    with pytest.raises(WorkerError, match=r"worker [01] was killed by signal 9 \(SIGKILL\)"):
+    with pytest.raises(WorkerError, match=r"worker [01] was killed by signal 9 \(SIGKILL\)"):  # noqa: SIM117
         with tf.Graph().as_default():
             inputs = runner.get_inputs()
             with v1.Session() as sess, runner.start(sess):
@@ -452,10 +453,8 @@ def test_stop_twice_and_from_two_threads(workers, consume, repeat):
             for thread in threads:
                 thread.join()
 
-    try:
+    with contextlib.suppress(tf.errors.CancelledError):
         consume(runner, seen=Stops())
-    except tf.errors.CancelledError:
-        pass
     runner.stop()
     assert seen
 
@@ -604,5 +603,5 @@ def test_shared_memory_too_small_for_the_data_set(consume, little_memory, repeat
 def _numbers_fit(text, at_least):
     needed, free = map(float, re.findall(r"([0-9.]+) MB", text))
     # The free number comes from the system; only the reserving is imitated.
-    assert at_least / 1e6 <= needed + 0.1 <= 20 and 0 < free
+    assert at_least / 1e6 <= needed + 0.1 <= 20 and free > 0
     assert "--shm-size" in text and "workers='thread'" in text
