@@ -8,6 +8,7 @@ A worker has two or more places for chunks; with all of them taken, it waits. No
 import contextlib
 import errno
 import inspect
+import io
 import json
 import linecache
 import mmap
@@ -24,6 +25,7 @@ import tempfile
 import threading
 import time
 import traceback
+import types
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
@@ -557,8 +559,17 @@ def _pickle_factory(factory: IteratorFactory) -> tuple[bytes, int, list[int]]:
                 return False
         return True
 
+    class Pickler(cloudpickle.CloudPickler):
+        # cloudpickle drops the file names of code, and with them the lines of every traceback.
+        def reducer_override(self, thing: Any) -> Any:
+            if isinstance(thing, types.CodeType):
+                make, parts = self.dispatch_table[types.CodeType](thing)
+                return _code_of_file, (thing.co_filename, make, parts)
+            return super().reducer_override(thing)
+
+    code = io.BytesIO()
     try:
-        code = cloudpickle.dumps(factory, protocol=5, buffer_callback=keep)
+        Pickler(code, protocol=5, buffer_callback=keep).dump(factory)
     except Exception as error:
         raise TypeError(
             "QueueRunner: workers='process' must send the iterator factory to another process, and "
@@ -569,7 +580,13 @@ def _pickle_factory(factory: IteratorFactory) -> tuple[bytes, int, list[int]]:
     with os.fdopen(os.dup(memory), "wb") as file:
         for view in buffers:
             file.write(view)
-    return code, memory, [view.nbytes for view in buffers]
+    return code.getvalue(), memory, [view.nbytes for view in buffers]
+
+
+def _code_of_file(
+    file_name: str, make: Callable[..., types.CodeType], parts: tuple[Any, ...]
+) -> types.CodeType:
+    return make(*parts).replace(co_filename=file_name)
 
 
 def _unpicklable(thing: Any, name: str = "", depth: int = 0) -> str:
