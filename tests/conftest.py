@@ -8,6 +8,7 @@ import psutil
 import pytest
 
 from labkit.data import Mnist
+from tests.consumers import in_dataset, in_graph
 
 _HANGS_AFTER = 120.0
 
@@ -27,6 +28,11 @@ def nothing_left_running():
     faulthandler.cancel_dump_traceback_later()
     assert not [thread.name for thread in _labkit_threads() - threads]
     assert not set(me.children(recursive=True)) - children
+
+
+@pytest.fixture(params=[in_graph, in_dataset], ids=["graph", "eager"])
+def consume(request):
+    return request.param
 
 
 @pytest.fixture

@@ -28,6 +28,7 @@ import pytest
 
 from labkit import Component, QueueRunner, WorkerError
 from labkit.quiet import tf
+from tests.consumers import in_dataset, in_graph
 
 v1 = tf.compat.v1
 REPEATS = int(os.environ.get("LABKIT_REPEATS", "2"))
@@ -40,39 +41,8 @@ def pytest_generate_tests(metafunc):
     metafunc.parametrize("repeat", range(REPEATS))
 
 
-# -- the two consumers ---------------------------------------------------------------------------
-
-
-def graph(runner, steps=None, seen=None):
-    """A TensorFlow 1 loop; every batch until the end, or `steps` of them, also put into `seen`."""
-    batches = [] if seen is None else seen
-    with tf.Graph().as_default():
-        inputs = runner.get_inputs()
-        with v1.Session() as sess, runner.start(sess):
-            try:
-                while steps is None or len(batches) < steps:
-                    batches.append(sess.run(inputs))
-            except tf.errors.OutOfRangeError:
-                pass
-    return batches
-
-
-def eager(runner, steps=None, seen=None):
-    """A for loop over dataset(), likewise."""
-    batches = [] if seen is None else seen
-    with runner:
-        for batch in runner.dataset().take(-1 if steps is None else steps):
-            batches.append(tuple(part.numpy() for part in batch))
-    return batches
-
-
 @pytest.fixture(params=["thread", "process"])
 def workers(request):
-    return request.param
-
-
-@pytest.fixture(params=[graph, eager], ids=["graph", "eager"])
-def consume(request):
     return request.param
 
 
@@ -108,8 +78,8 @@ def tensorflow_is_warm():
         yield np.zeros(8, np.int64), np.zeros((8, 2), np.float32)
 
     for workers in ("thread", "process"):
-        graph(QueueRunner(once, 8, workers=workers, **SMALL))
-        eager(QueueRunner(once, 8, workers=workers, **SMALL))
+        in_graph(QueueRunner(once, 8, workers=workers, **SMALL))
+        in_dataset(QueueRunner(once, 8, workers=workers, **SMALL))
 
 
 @pytest.fixture(scope="module")
@@ -308,7 +278,7 @@ def test_a_worker_process_that_is_suspended(repeat):
         os.kill(os.getpid(), signal.SIGSTOP)
 
     runner = QueueRunner(good_until(suspended, 5), 8, 2, "process", timeout=0.5, **SMALL)
-    error = error_of(lambda: graph(runner))
+    error = error_of(lambda: in_graph(runner))
     assert error.worker == 1 and "did not answer" in str(error)
 
 
@@ -335,7 +305,7 @@ def test_continue_goes_on_with_the_others_and_says_so_once(workers, fault, repea
     runner = QueueRunner(factory, 4, 3, workers, on_error="continue", timeout=0.4, **SMALL)
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
-        batches = graph(runner)
+        batches = in_graph(runner)
     assert sum((index == 0).sum() for index, _ in batches) == 600
     assert sum((index != 0).sum() for index, _ in batches) == 24
     assert len([w for w in said if "Going on with the other" in str(w.message)]) == 1
@@ -488,7 +458,7 @@ def test_an_interrupt_at_any_moment(workers, consume, repeat):
 
 @pytest.mark.parametrize(
     ("workers", "consume"),
-    [("thread", graph), ("process", graph), ("process", eager)],
+    [("thread", in_graph), ("process", in_graph), ("process", in_dataset)],
     ids=["thread-graph", "process-graph", "process-eager"],
 )
 def test_an_interrupt_while_blocked_on_an_empty_queue(workers, consume, repeat):

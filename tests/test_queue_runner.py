@@ -17,6 +17,7 @@ import pytest
 
 from labkit import Component, MnistDataGenerator, QueueRunner, WorkerError
 from labkit.quiet import tf
+from tests.consumers import in_dataset, in_graph
 
 v1 = tf.compat.v1
 SMALL = {"capacity": 64, "min_after_dequeue": 10}
@@ -60,31 +61,6 @@ def fails_after(good: int, error: Exception, raised: list[float] | None = None):
             yield np.zeros(1, np.int64), np.ones((1, 2), np.float32)
 
     return faulty_producer
-
-
-def in_graph(runner, n_threads=None, steps=None):
-    """What a training loop would see: every batch until the end, or `steps` of them."""
-    batches = []
-    with tf.Graph().as_default():
-        inputs = runner.get_inputs()
-        with v1.Session() as sess, runner.start(sess, n_threads):
-            try:
-                while steps is None or len(batches) < steps:
-                    batches.append(sess.run(inputs))
-            except tf.errors.OutOfRangeError:
-                pass
-    return batches
-
-
-def in_dataset(runner, steps=None):
-    with runner:
-        batches = runner.dataset().take(-1 if steps is None else steps)
-        return [tf.nest.map_structure(lambda x: x.numpy(), batch) for batch in batches]
-
-
-@pytest.fixture(params=[in_graph, in_dataset], ids=["graph", "eager"])
-def consume(request):
-    return request.param
 
 
 def labkit_threads():
