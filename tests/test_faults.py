@@ -102,7 +102,7 @@ def leaves_nothing(request, real_stderr, nothing_left_running):
     signal.signal(signal.SIGINT, before_handler)
     _same_as(before)
     chosen = request.node.callspec.params
-    the_next_run_works(chosen.get("workers", "process"), chosen.get("consume", graph))
+    the_next_run_works(chosen.get("workers", "process"), chosen.get("consume", in_graph))
     _same_as(before)
 
 
