@@ -269,6 +269,7 @@ class StepTimer:
         self.computes: list[float] = []
         self._stamps: Any = ()
         self._waited = 0.0
+        self._totals = self._seen = (0.0, 0.0)
 
     def around(self, get_inputs: Callable[[], Any]) -> Any:
         """Calls `get_inputs()` and returns its tensors, with time stamps around what makes them."""
@@ -300,7 +301,18 @@ class StepTimer:
         results, stamps = sess.run((fetches, self._stamps), feed_dict)
         total = time.perf_counter() - began
         inside = stamps[1] - stamps[0] if stamps else 0.0
-        self.waits.append(self._waited + inside)
-        self.computes.append(total - inside)
+        waited, computed = self._waited + inside, total - inside
+        self.waits.append(waited)
+        self.computes.append(computed)
+        self._totals = self._totals[0] + waited, self._totals[1] + computed
         self._waited = 0.0
         return results
+
+    def recent_waiting(self) -> float:
+        """Share of waiting, 0 to 1, in the steps that ended since the last call; NaN without one.
+
+        A probe for `UsageMonitor`.
+        """
+        seen, self._seen = self._seen, self._totals
+        waited, computed = (now - then for now, then in zip(self._seen, seen, strict=True))
+        return waited / (waited + computed) if waited + computed else math.nan

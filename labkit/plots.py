@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator
 
 WAIT, COMPUTE, BOUND, OTHER = "#E69F00", "#0072B2", "#000000", "#009E73"
 _CYCLE = (COMPUTE, WAIT, OTHER, "#CC79A7", "#56B4E9", "#D55E00")
@@ -29,7 +30,8 @@ def _figure(width: float = 8, height: float = 3.6, **kwargs: Any) -> tuple[Figur
 
 def _machine(figure: Figure, machine: Mapping[str, Any] | None) -> None:
     if machine:
-        text = "Measured on {processor}, {cores} cores, TensorFlow {tensorflow}".format(**machine)
+        cores = "1 core" if machine["cores"] == 1 else f"{machine['cores']} cores"
+        text = f"Measured on {machine['processor']}, {cores}, TensorFlow {machine['tensorflow']}"
         figure.supxlabel(text, fontsize=8, color="0.35", x=0.01, ha="left")
 
 
@@ -139,6 +141,7 @@ def sweep(
     ax.set_xticks(counts, [str(count) for count in counts])
     ax.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
     ax.yaxis.set_minor_formatter(lambda value, _: "")
+    ax.yaxis.set_major_locator(LogLocator(10, (1, 2, 5)))
     ax.set(xlabel="workers", ylabel="steps per second", title=title)
     ax.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False)
     _machine(figure, machine)
@@ -155,12 +158,37 @@ def bars(
     """One bar for each label, with its value written on it and the bound as a line."""
     figure, ax = _figure(max(6.0, 1.3 * len(values)), 3.6)
     drawn = ax.bar(list(values), list(values.values()), color=COMPUTE, width=0.6)
-    ax.bar_label(drawn, fmt="%.3g", padding=2)
+    for text in ax.bar_label(drawn, fmt="%.3g", padding=2):
+        text.set_bbox({"color": "white", "pad": 1})  # the bound may run through it
     if bound is not None:
         ax.axhline(bound, color=BOUND, linestyle="--", label=f"bound {bound:.3g}")
         ax.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False)
     ax.set(ylabel=ylabel, title=title)
     ax.margins(y=0.15)
+    _machine(figure, machine)
+    return figure
+
+
+def stacked(
+    bars: Mapping[str, Mapping[str, float]],
+    title: str,
+    ylabel: str,
+    bound: float | None = None,
+    machine: Mapping[str, Any] | None = None,
+) -> Figure:
+    """A bar for each label, made of named parts; every label has the same parts."""
+    figure, ax = _figure(max(6.0, 1.6 * len(bars) + 1.6), 3.6)
+    parts = list(next(iter(bars.values())))
+    colours = {"waiting for data": WAIT, "between steps": OTHER, "step slowed": "#CC79A7"}
+    base = np.zeros(len(bars))
+    for part in parts:
+        heights = np.array([bar[part] for bar in bars.values()])
+        ax.bar(list(bars), heights, 0.6, base, label=part, color=colours.get(part, COMPUTE))
+        base += heights
+    if bound is not None:
+        ax.axhline(bound, color=BOUND, linestyle="--", label=f"bound {bound:.3g}")
+    ax.set(ylabel=ylabel, title=title)
+    ax.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False)
     _machine(figure, machine)
     return figure
 
@@ -211,13 +239,23 @@ def usage(
     probes = list(next(iter(monitors.values())).probes)
     rows = 2 + len(probes)
     figure, axes = _figure(
-        8, 1.0 + 1.7 * rows, nrows=rows, ncols=len(monitors), sharey="row", squeeze=False
+        8,
+        1.0 + 1.7 * rows,
+        nrows=rows,
+        ncols=len(monitors),
+        sharex=True,
+        sharey="row",
+        squeeze=False,
     )
     for column, (label, monitor) in zip(axes.T, monitors.items(), strict=True):
         column[0].set_title(label)
         column[0].plot(monitor.seconds, monitor.cpu, label="CPU")
         for gpu in monitor.gpus:
-            column[1].plot(monitor.seconds, gpu.utilisation, label=f"GPU {gpu.index} {gpu.name}")
+            (line,) = column[1].plot(
+                monitor.seconds, gpu.utilisation, label=f"GPU {gpu.index} {gpu.name}"
+            )
+            memory = 100 * np.array(gpu.memory_used) / gpu.memory_total
+            column[1].plot(monitor.seconds, memory, ":", color=line.get_color(), label="its memory")
         if monitor.gpus:
             column[1].legend(frameon=False, fontsize=8)
         else:
@@ -226,12 +264,12 @@ def usage(
             )
         for ax, name in zip(column[2:], probes, strict=True):
             ax.plot(monitor.seconds, monitor.probes[name], color=OTHER)
-            ax.set_ylim(bottom=0)
         for ax in column[:2]:
             ax.set_ylim(0, 105)
         column[-1].set_xlabel("time (s)")
     for ax, name in zip(axes[:, 0], ("CPU (%)", "GPU (%)", *probes), strict=True):
         ax.set_ylabel(name)
+        ax.set_ylim(bottom=0)
     figure.suptitle(title)
     _machine(figure, machine)
     return figure

@@ -126,7 +126,7 @@ def train(
     validate: bool = True,
     progress: bool = True,
     pools: tuple[int, int] = (1, 1),
-    on_start: Callable[[Any], None] | None = None,
+    on_start: Callable[[Any, Any], None] | None = None,
 ) -> History:
     """Trains the CNN on MNIST and measures where the time goes.
 
@@ -147,7 +147,8 @@ def train(
         validate: run the real test set after each epoch.
         progress: show a bar and the lines `train/acc …` and `valid/acc …`.
         pools: sizes of the session's intra-op and inter-op thread pools; 0 lets TensorFlow choose.
-        on_start: called with the running QueueRunner (None without one), to watch its depth.
+        on_start: called once the workers run, with the QueueRunner (None without one) and the
+            StepTimer, to watch them.
 
     Returns:
         A `History`.
@@ -208,7 +209,7 @@ def train(
         if runner is not None:
             stack.enter_context(runner.start(sess))
         if on_start is not None:
-            on_start(runner)
+            on_start(runner, timer)
         batches = iter(factory()) if pipeline == "feed_dict" else None
         for index in range(epochs):
             timer.waits.clear()

@@ -1,6 +1,7 @@
 """train() and its command: what they measure, keep, print, refuse and leave off the screen."""
 
 import json
+import math
 import re
 import subprocess
 import sys
@@ -133,7 +134,7 @@ def test_a_failing_generator_ends_the_training(pipeline, small_mnist):
 
 
 def test_an_interrupt_leaves_nothing_running_and_the_call_works_again():
-    def interrupt(runner):
+    def interrupt(runner, timer):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
@@ -141,11 +142,14 @@ def test_an_interrupt_leaves_nothing_running_and_the_call_works_again():
     assert train("queue", 3, **QUICK).epochs[0].steps == 4
 
 
-def test_on_start_gets_the_running_runner():
+def test_on_start_gets_the_running_runner_and_the_timer():
     got = []
-    train("queue", on_start=lambda runner: got.append((runner, runner.depth() >= 0)), **QUICK)
-    train("feed_dict", on_start=lambda runner: got.append(runner), **QUICK)
-    assert got[0][0].batch_size == 32 and got[0][1] and got[1] is None
+    train("queue", on_start=lambda runner, _: got.append((runner, runner.depth() >= 0)), **QUICK)
+    train("feed_dict", on_start=lambda *both: got.append(both), **QUICK)
+    assert got[0][0].batch_size == 32 and got[0][1] and got[1][0] is None
+    # QUICK's generator costs nothing, but taking its batch is waiting all the same.
+    assert 0 < got[1][1].recent_waiting() < 1
+    assert math.isnan(got[1][1].recent_waiting())  # no step since
 
 
 @pytest.mark.parametrize(
