@@ -1,0 +1,112 @@
+"""Each notebook in one kernel: Run All, an interrupt in its longest cell, Run All twice more.
+
+`pytest --nbmake notebooks` proves what the notebooks claim, at their own sizes. Here the numbers of
+their first cell are made small, so a claim (an AssertionError) may fail; nothing else may.
+"""
+
+import ast
+import threading
+import time
+from pathlib import Path
+
+import nbformat
+import pytest
+from jupyter_client.manager import start_new_kernel
+
+NOTEBOOKS = Path(__file__).parents[1] / "notebooks"
+SMALL = {
+    "01_feed_dict_baseline": "DELAY, EPOCHS, STEPS, TIMELINE, PROBES = 0.005, 2, 15, 10, 5",
+    "02_threaded_queue": """DELAY, THREADS, ROUNDS, CYCLES, WATCH = 0.01, (1, 2, 4), 1, 3, 0.4
+COMPUTE_STEPS, CAPACITY, MIN_AFTER, MIN_AFTERS = 20, 512, 256, (32, 64, 128, 256)""",
+    "03_weight_sharing": """STEPS, EVERY, NEIGHBOURS = 20, 10, 4
+EPOCH_BATCHES, CHECKS, FEW = 8, 2, 64""",
+    "04_timing_and_gpu_use": """EPOCHS, STEPS, PAUSE = 1, 20, 0.005
+COMPUTE_STEPS, CASE_STEPS, ROUNDS = 20, 10, 1""",
+}
+STATE = """
+import gc, os, threading, psutil
+gc.collect()
+(
+    [t.name for t in threading.enumerate() if t.name.startswith("labkit") or "(work)" in t.name],
+    len(psutil.Process().children()),
+    psutil.Process().memory_info().rss,
+)
+"""
+
+
+class Kernel:
+    """A Jupyter kernel, away from the working tree."""
+
+    def __init__(self, folder):
+        self.manager, self.client = start_new_kernel(kernel_name="python3", cwd=str(folder))
+
+    def run(self, source, interrupt_after=None):
+        """Runs a cell; returns its value as text, what it wrote to stderr, and its error's name."""
+        got = {"value": None, "stderr": "", "error": None, "text": ""}
+
+        def keep(message):
+            content = message["content"]
+            if message["msg_type"] == "stream" and content["name"] == "stderr":
+                got["stderr"] += content["text"]
+            elif message["msg_type"] == "execute_result":
+                got["value"] = content["data"]["text/plain"]
+            elif message["msg_type"] == "error":
+                got["error"], got["text"] = content["ename"], "\n".join(content["traceback"])
+
+        timer = threading.Timer(interrupt_after or 0, self.manager.interrupt_kernel)
+        if interrupt_after is not None:
+            timer.start()
+        try:
+            self.client.execute_interactive(source, output_hook=keep, timeout=100)
+        finally:
+            timer.cancel()
+        return got
+
+    def state(self):
+        """labkit's threads, the number of child processes, bytes of memory."""
+        return ast.literal_eval(self.run(STATE)["value"])
+
+    def close(self):
+        self.client.stop_channels()
+        self.manager.shutdown_kernel(now=True)
+
+
+@pytest.fixture
+def kernel(tmp_path):
+    running = Kernel(tmp_path)
+    yield running
+    running.close()
+
+
+def test_every_notebook_is_tested():
+    assert sorted(SMALL) == sorted(path.stem for path in NOTEBOOKS.glob("*.ipynb"))
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_run_all_again_and_after_an_interrupt(name, kernel, tmp_path):
+    book = nbformat.read(NOTEBOOKS / f"{name}.ipynb", 4)
+    first, *rest = [cell.source for cell in book.cells if cell.cell_type == "code"]
+    cells = [f"{first}\n{SMALL[name]}", *rest]
+
+    def run_all():
+        took = []
+        for source in cells:
+            began = time.monotonic()
+            result = kernel.run(source)
+            took.append(time.monotonic() - began)
+            assert result["error"] in (None, "AssertionError"), result["text"]
+            assert not result["stderr"]
+        threads, children, memory = kernel.state()
+        assert not threads and not children
+        return took, memory
+
+    took, _ = run_all()
+    longest = max(range(1, len(cells)), key=took.__getitem__)
+    result = kernel.run(cells[longest], interrupt_after=took[longest] / 2)
+    assert result["error"] in ("KeyboardInterrupt", None), result["text"]
+    threads, children, _ = kernel.state()
+    assert not threads and not children
+    _, before = run_all()
+    _, after = run_all()
+    assert after < 1.05 * before, f"{(after - before) / 1e6:.0f} MB more than one Run All earlier"
+    assert not list(tmp_path.iterdir())
