@@ -193,6 +193,31 @@ def stacked(
     return figure
 
 
+def grouped(
+    groups: Mapping[str, Mapping[str, float]],
+    title: str,
+    ylabel: str,
+    bound: float | None = None,
+    machine: Mapping[str, Any] | None = None,
+) -> Figure:
+    """Bars side by side in each group; every group has the same ones."""
+    figure, ax = _figure()
+    names = list(next(iter(groups.values())))
+    width = 0.8 / len(names)
+    for place, name in enumerate(names):
+        at = np.arange(len(groups)) + (place - (len(names) - 1) / 2) * width
+        drawn = ax.bar(at, [group[name] for group in groups.values()], width, label=name)
+        ax.bar_label(drawn, fmt="%.2g", padding=2, fontsize=8)
+    if bound is not None:
+        ax.axhline(bound, color=BOUND, linestyle="--", label=f"bound {bound:.3g}")
+    ax.set_xticks(range(len(groups)), list(groups))
+    ax.set(ylabel=ylabel, title=title)
+    ax.margins(y=0.15)
+    ax.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False)
+    _machine(figure, machine)
+    return figure
+
+
 def series(
     lines: Mapping[str, tuple[Sequence[float], Sequence[float]]],
     title: str,

@@ -387,10 +387,11 @@ class ThreadPool(Pool):
         epoch = 0
         try:
             while not self._stopping:
-                for batch in self.factory(worker, epoch):
+                iterator = self.factory(worker, epoch)
+                for batch in iterator:
                     if self.spec is None:
                         self.spec = Spec.of(batch)
-                    arrays = self.spec.flatten(batch)
+                    arrays = _fitted(self.spec, batch, iterator)
                     self._free_places[worker].acquire()
                     if self._stopping:
                         return
@@ -441,8 +442,9 @@ class ThreadPool(Pool):
 
 def _describe(error: BaseException) -> tuple[str, str]:
     """One line that names the error, and its traceback without labkit's own frames."""
-    name = type(error).__name__
-    summary = str(error) if isinstance(error, BatchError) else f"raised {name}: {error}"
+    if isinstance(error, BatchError):
+        return str(error), "".join(getattr(error, "__notes__", ()))
+    summary = f"raised {type(error).__name__}: {error}"
     stack = traceback.TracebackException.from_exception(error)
     stack.stack = _own_frames_left_out(stack.stack)
     return summary, "".join(stack.format())
@@ -457,6 +459,18 @@ def _readable(text: str) -> str:
 
     text = re.sub(r'  File "(.+)", line (\d+).*\n(?!    )', complete, text)
     return re.sub(r'File ".*ipykernel_\d+/\d+\.py"', 'File "<notebook cell>"', text)
+
+
+def _fitted(spec: Spec, batch: Any, iterator: Iterator[Any]) -> Arrays:
+    """The batch's arrays; a misfit names the line of the generator that yielded it."""
+    try:
+        return spec.flatten(batch)
+    except BatchError as error:
+        frame = getattr(iterator, "gi_frame", None)
+        if frame is not None:
+            where = traceback.format_list(traceback.extract_stack(frame, limit=1))
+            error.add_note("It was yielded here:\n" + "".join(where))
+        raise
 
 
 def _own_frames_left_out(stack: traceback.StackSummary) -> traceback.StackSummary:
@@ -549,6 +563,9 @@ class ProcessPool(Pool):
 def _pickle_factory(factory: IteratorFactory) -> tuple[bytes, int, list[int]]:
     import cloudpickle
 
+    # In a child of multiprocessing, the main script goes by this name, which workers cannot import.
+    if "__mp_main__" in sys.modules:
+        cloudpickle.register_pickle_by_value(sys.modules["__mp_main__"])
     buffers: list[memoryview] = []
 
     def keep(buffer: pickle.PickleBuffer) -> bool:
@@ -780,8 +797,10 @@ class _Process:
         while not os.fstat(self.trace).st_size and time.monotonic() < deadline:
             time.sleep(0.02)
         time.sleep(0.02)
-        text = os.pread(self.trace, 1 << 16, 0).decode(errors="replace")
-        return _readable(text.lstrip("\0")) or "(it did not answer)\n"
+        text = os.pread(self.trace, 1 << 16, 0).decode(errors="replace").lstrip("\0")
+        own = (f'  File "{__file__}"', '  File "<string>"')
+        lines = [line for line in text.splitlines(True) if not line.startswith(own)]
+        return _readable("".join(lines)) or "(it did not answer)\n"
 
     def end(self, deadline: float) -> None:
         try:
@@ -858,9 +877,10 @@ class _Child:
         self.spec = spec
         factory = pickle.loads(code, buffers=arrays)
         for epoch in range(sys.maxsize):
-            for batch in factory(index, epoch):
+            iterator = factory(index, epoch)
+            for batch in iterator:
                 self.spec = self.spec or Spec.of(batch)
-                self.deliver(self.spec, self.spec.flatten(batch))
+                self.deliver(self.spec, _fitted(self.spec, batch, iterator))
             self.tell("ended")
             while self.epochs <= epoch:
                 self.listen()

@@ -191,6 +191,7 @@ def test_wrong_shape(workers, consume, repeat):
     error = error_of(lambda: consume(runner))
     assert error.worker == 1
     assert "component '1' with shape (4, 3), expected (n, 2)" in str(error)
+    assert re.search(r"It was yielded here:\n.*in faulty_iterator\n +yield", str(error))
 
 
 def test_wrong_dtype(workers, consume, repeat):
@@ -269,6 +270,7 @@ def test_a_stall_is_shown_with_the_line_that_it_stands_at(workers, consume, repe
     assert error.worker == 1
     assert "worker 1 has delivered nothing for 0.5 s" in str(error)
     assert "time.sleep(seconds)  # where it stands" in str(error)
+    assert "workers.py" not in str(error)
 
 
 def test_a_worker_process_that_is_suspended(repeat):

@@ -15,7 +15,7 @@ def main() -> None:
     factory = MnistDataGenerator(32, busy_python(0.02)).passes_iterator
     computes = [compute_only()]
     rates: dict[str, list[float]] = {f"{n} {kind}": [] for kind, n in SETTINGS}
-    for _ in range(5):
+    for _ in range(9):
         for kind, n in SETTINGS:
             with Steps("queue", factory, n, kind, min_after=0) as run:
                 run.rate(40)

@@ -1,0 +1,187 @@
+"""Processes as workers: any factory, light interpreters, shared memory."""
+
+import os
+import re
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from labkit import MnistDataGenerator, QueueRunner
+from labkit.workloads import busy_python
+from tests.consumers import in_dataset
+
+ROOT = Path(__file__).parents[1]
+SMALL = {"capacity": 64, "min_after_dequeue": 0}
+
+
+def values(batches):
+    return sorted(float(x) for batch in batches for x in np.ravel(batch[0]))
+
+
+def test_a_lambda_a_closure_and_a_class_of_this_function_travel():
+    offset = 5
+
+    def closure():
+        yield (np.arange(4) + offset,)
+
+    class Local:
+        def __init__(self):
+            self.offset = offset
+
+        def batches(self):
+            yield (np.arange(4) + self.offset,)
+
+    for factory in (closure, lambda: iter([(np.arange(4) + offset,)]), Local().batches):
+        got = in_dataset(QueueRunner(factory, 4, 1, "process", **SMALL))
+        assert values(got) == [5, 6, 7, 8]
+
+
+NOTEBOOK_CELL = """
+import numpy as np
+import labkit
+
+scale = 3
+
+class Mine:
+    def batches(self, worker, n_workers):
+        for number in range(worker, 8, n_workers):
+            yield (np.full(2, number * scale),)
+
+small = {"capacity": 64, "min_after_dequeue": 0}
+with labkit.QueueRunner(Mine().batches, 2, 2, "process", **small) as runner:
+    print(sorted(int(x) for (batch,) in runner.dataset() for x in batch))
+"""
+EXPECTED = str(sorted(3 * (number // 2) for number in range(16)))
+
+
+def test_a_class_of_the_main_script_travels_without_a_main_guard(tmp_path):
+    """Like a notebook: the script has no `if __name__ == "__main__"` and must not run again."""
+    script = tmp_path / "script.py"
+    script.write_text(NOTEBOOK_CELL)
+    done = subprocess.run(
+        [sys.executable, str(script)],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.stdout.splitlines() == [EXPECTED], done.stderr
+
+
+def test_it_works_inside_a_child_of_multiprocessing(tmp_path):
+    script = tmp_path / "script.py"
+    head, tail = NOTEBOOK_CELL.split("with labkit")
+    cell = f"{head}def main():\n    with labkit{tail}".replace("    print", "        print")
+    script.write_text(
+        cell
+        + """
+if __name__ == "__main__":
+    import multiprocessing
+
+    child = multiprocessing.get_context("spawn").Process(target=main)
+    child.start()
+    child.join()
+"""
+    )
+    done = subprocess.run(
+        [sys.executable, str(script)],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.stdout.splitlines() == [EXPECTED], done.stderr
+
+
+@pytest.mark.parametrize("where", ["attribute", "closure", "global"])
+def test_what_cannot_be_pickled_is_named(where):
+    lock = threading.Lock()
+
+    class Holder:
+        def __init__(self):
+            self.connection = lock
+
+        def batches(self):
+            yield (np.zeros(4),)
+
+    def closure():
+        with lock:
+            yield (np.zeros(4),)
+
+    if where == "global":
+        space = {"the_lock": lock, "np": np}
+        exec("def batches():\n    with the_lock:\n        yield (np.zeros(4),)", space)
+        factory, name = space["batches"], "the_lock"
+    else:
+        factory, name = {
+            "attribute": (Holder().batches, "connection"),
+            "closure": (closure, "lock"),
+        }[where]
+    with pytest.raises(TypeError, match=rf"\.{name}' \(lock\) cannot be pickled") as caught:
+        QueueRunner(factory, 4, 1, "process", **SMALL).dataset()
+    assert "workers='thread'" in str(caught.value)
+
+
+def test_workers_import_no_tensorflow_and_one_thread_of_blas(small_mnist):
+    data = MnistDataGenerator(4, busy_python(0.0), data=small_mnist)
+
+    def modules():
+        next(data.train_iterator())
+        yield (np.array([",".join(sorted(sys.modules)).encode()]),)
+
+    ((names,),) = in_dataset(QueueRunner(modules, 1, 1, "process", **SMALL))
+    loaded = names[0].decode().split(",")
+    assert "labkit.data" in loaded and "labkit.workloads" in loaded
+    assert not [name for name in loaded if name.split(".")[0] in ("tensorflow", "keras", "torch")]
+
+
+def test_workers_share_the_data_sets_memory():
+    """Each of the workers reads all of 200 MB; their own (private) memory hardly grows."""
+    data = np.ones(200 << 20, np.uint8)
+
+    def reader(worker, n_workers):
+        for _ in range(3):
+            yield (np.full(4, int(data.sum())),)
+        status = Path("/proc/self/status").read_text()
+        yield (np.full(4, 1024 * int(re.search(r"RssAnon:\s+(\d+) kB", status)[1])),)
+
+    got = in_dataset(QueueRunner(reader, 4, 2, "process", **SMALL))
+    own = [int(batch[0][0]) for batch in got if batch[0][0] != data.nbytes]
+    sums = [int(batch[0][0]) for batch in got if batch[0][0] == data.nbytes]
+    assert len(sums) == 6
+    assert len(own) == 2 and max(own) < data.nbytes / 2
+
+
+def test_a_worker_may_write_into_its_data_and_changes_only_its_own():
+    data = np.zeros(1 << 20, np.uint8)
+
+    def writer(worker, n_workers):
+        data[:4] += worker + 1
+        yield (data[:4].copy(),)
+
+    got = in_dataset(QueueRunner(writer, 4, 2, "process", **SMALL))
+    assert values(got) == [1.0] * 4 + [2.0] * 4
+    assert not data.any()
+
+
+def test_batches_larger_than_the_first_and_smaller_ones_arrive_whole():
+    def uneven():
+        for start, size in ((0, 3), (3, 10), (13, 1), (14, 25)):
+            yield np.arange(start, start + size), np.ones((size, 300, 300), np.float32)
+
+    batches = in_dataset(QueueRunner(uneven, 5, 1, "process", **SMALL))
+    assert values(batches) == list(range(39))
+    assert all(batch[1].all() for batch in batches)
+
+
+def test_text_and_dicts_travel():
+    def words():
+        yield {"word": np.array(["a", "bb", "ccc"]), "length": np.array([1, 2, 3])}
+
+    (batch,) = in_dataset(QueueRunner(words, 3, 1, "process", **SMALL))
+    found = {word.decode(): int(n) for word, n in zip(batch["word"], batch["length"], strict=True)}
+    assert found == {"a": 1, "bb": 2, "ccc": 3}
