@@ -25,6 +25,7 @@ from labkit.workers import Chunk, IteratorFactory, Pool, ProcessPool, Spec, Thre
 Kind = Literal["thread", "process"]
 _THREADS = (1, 2, 4, 8, 16, 32)
 _NOISE = 0.06
+_MOST_SAMPLES = 5_000_000
 
 
 @dataclass
@@ -420,7 +421,7 @@ class _KerasModel(_Model):
                 return
             self.model.optimizer.build(self.model.trainable_variables)
             variables = [*self.model.variables, *self.model.optimizer.variables]
-            before = [np.array(variable) for variable in variables]
+            before = [variable.numpy() for variable in variables]
             try:
                 yield
             finally:
@@ -563,7 +564,7 @@ def audit(
 
     delivered = repeated = missed = 0
     spreads: list[float] = []
-    limit = samples if samples is not None else 5_000_000
+    limit = _MOST_SAMPLES if samples is None else samples
     with QueueRunner(iterator, batch_size, workers) as runner:
         dataset = runner.dataset()
         for _ in range(epochs):

@@ -149,6 +149,7 @@ class QueueRunner:
         self._scaler: Scaler | None = None
         self._watch: _InterruptWatch | None = None
         self._stopping = threading.Event()
+        self._left = False
         self._lock = threading.RLock()
         self._abandoned = weakref.finalize(self, list)
         IteratorFactory(iterator, 1)
@@ -226,6 +227,7 @@ class QueueRunner:
             raise RuntimeError(
                 "QueueRunner.dataset: this runner serves a graph already. Make another."
             )
+        self._left = False
         spec = self._ready_spec()
         self._watch = self._watch or _InterruptWatch()
         types = [_tf_type(component) for component in spec.components]
@@ -253,6 +255,11 @@ class QueueRunner:
 
     def _open_epoch(self) -> tf.Tensor:
         with self._lock:
+            # A pipeline that reads ahead, of fit or of repeat(), outlives the `with` block.
+            if self._left:
+                raise WorkerError(
+                    "QueueRunner: its `with` block has ended. Enter it again, or call dataset()."
+                )
             if self._stopping.is_set() or self.error:
                 self._reset()
             if not isinstance(self._queue, _EagerQueue) or self._queue.finished:
@@ -327,9 +334,11 @@ class QueueRunner:
             self._lock.release()
 
     def __enter__(self) -> "QueueRunner":
+        self._left = False
         return self
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        self._left = True
         self.stop()
         consequence = isinstance(error, (tf.errors.OutOfRangeError, tf.errors.CancelledError))
         consequence |= isinstance(error, tf.errors.OpError) and "WorkerError" in str(error)
@@ -441,11 +450,11 @@ class QueueRunner:
 
     def _feed(self, pool: Pool, queue: "_GraphQueue | _EagerQueue") -> None:
         if self.n_workers == "auto" and self._scaler is None:
-            self._scaler = Scaler(pool)
+            self._scaler = Scaler(pool.n_workers)
         scaler, watch, lost = self._scaler, self._watch, self._lost
         ended = set(lost)
         try:
-            pool.set_active(max(pool.active, 1) if scaler else pool.n_workers)
+            pool.set_active(_wanted(pool, scaler, ended))
             waiting, self._first = self._first, []
             look_again = 0.0
             while not self._stopping.is_set():
@@ -481,6 +490,8 @@ class QueueRunner:
                         pool.release(chunk)
                     if scaler:
                         scaler.note(time.monotonic() - began, len(arrays[0]))
+                        if pool.active != _wanted(pool, scaler, ended):
+                            pool.set_active(_wanted(pool, scaler, ended))
                     continue
                 if not isinstance(message, Ended):
                     error = self._as_error(message)
@@ -496,6 +507,8 @@ class QueueRunner:
                             stacklevel=1,
                         )
                 ended.add(message.worker)
+                if scaler:
+                    pool.set_active(_wanted(pool, scaler, ended))
                 while ended.issuperset(range(pool.active)):
                     if pool.active == pool.n_workers or not pool.factory.shards:
                         return self._finish(pool)
@@ -690,6 +703,13 @@ def _ready_together(first: Chunk, waiting: list[Message], pool: Pool) -> list[Ch
             break
         chunks.append(message)
     return chunks
+
+
+def _wanted(pool: Pool, scaler: Scaler | None, ended: set[int]) -> int:
+    """How many workers are to be active: of shares, the next one takes an ended one's turn."""
+    if scaler is None:
+        return pool.n_workers
+    return min(pool.n_workers, scaler.count + (len(ended) if pool.factory.shards else 0))
 
 
 def _tf_type(component: Component) -> tf.DType:

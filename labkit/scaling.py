@@ -5,8 +5,6 @@ import os
 import time
 from pathlib import Path
 
-from labkit.workers import Pool
-
 _WINDOW = 0.8
 
 
@@ -38,14 +36,14 @@ def _cgroup_cores(root: Path = Path("/sys/fs/cgroup")) -> float | None:
 
 
 class Scaler:
-    """Sets the number of active workers from what the feeder sees.
+    """Finds the number of workers that should be producing, `count`, from what the feeder sees.
 
     A feeder that is held up by a full queue means that the model is the slower: enough. Otherwise
     the number doubles, as long as the rate grows with it. Each decision is printed once.
     """
 
-    def __init__(self, pool: Pool) -> None:
-        self.pool = pool
+    def __init__(self, limit: int) -> None:
+        self.limit, self.count = limit, 1
         self.best = (0.0, 0)
         self.settled = False
         self._begin()
@@ -63,7 +61,7 @@ class Scaler:
             self._begin()
 
     def _decide(self, blocked: float, rate: float) -> None:
-        count, (best_rate, best_count) = self.pool.active, self.best
+        count, (best_rate, best_count) = self.count, self.best
         if blocked > 0.5:
             needed = max(1, math.ceil(count * (1 - blocked) * 1.25))
             if needed < count:
@@ -76,10 +74,10 @@ class Scaler:
         if rate < 1.08 * best_rate and count > best_count > 0:
             self._set(best_count, f"{count} gave {rate:.0f} samples/s, no more than {best_count}")
             self.settled = True
-        elif count < self.pool.n_workers:
+        elif count < self.limit:
             self.best = (rate, count)
             self._set(
-                min(2 * count, self.pool.n_workers),
+                min(2 * count, self.limit),
                 f"at {rate:.0f} samples/s the queue is not full",
             )
             self.settled = False
@@ -87,5 +85,5 @@ class Scaler:
             self.best, self.settled = (rate, count), True
 
     def _set(self, count: int, why: str) -> None:
-        print(f"QueueRunner: {self.pool.active} -> {count} workers: {why}", flush=True)
-        self.pool.set_active(count)
+        print(f"QueueRunner: {self.count} -> {count} workers: {why}", flush=True)
+        self.count = count

@@ -590,6 +590,18 @@ def test_the_same_dataset_runs_again_after_a_stop():
     runner.stop()
 
 
+def test_a_pipeline_that_reads_ahead_does_not_start_the_workers_again():
+    runner = QueueRunner(numbers(100, 7), 8, 2, **SMALL)
+    with runner:
+        reading_ahead = iter(runner.dataset().repeat().prefetch(4))
+        next(reading_ahead)
+    time.sleep(0.3)
+    assert not labkit_threads()
+    with pytest.raises(tf.errors.OpError, match="block has ended"):
+        for _ in reading_ahead:
+            pass
+
+
 def test_a_runner_whose_producer_failed_runs_again():
     broken = [True]
 

@@ -1,0 +1,280 @@
+"""diagnose, its report, audit and "auto": what they say is right, for generators of known nature.
+
+How well the predictions fit is a benchmark (tests/benchmarks/sweep.py), not a test.
+"""
+
+import threading
+import time
+
+import numpy as np
+import pytest
+
+import labkit
+from labkit import MnistDataGenerator, QueueRunner, WorkerError
+from labkit.diagnosis import Demands, bounds
+from labkit.quiet import tf
+from labkit.scaling import Scaler, _cgroup_cores, usable_cores
+from labkit.workloads import busy_python, sleep
+
+QUICK = {"seconds": 3.0, "progress": False}
+
+
+def light(worker=0):
+    while True:
+        yield np.zeros((8, 4), np.float32), np.zeros((8, 1), np.float32)
+
+
+def heavy(work):
+    def batches():
+        for images, labels in light():
+            yield work(images, labels)
+
+    return batches
+
+
+# -- the verdict ---------------------------------------------------------------------------------
+
+
+def test_a_waiting_generator_gets_threads():
+    report = labkit.diagnose(heavy(sleep(0.02)), 0.005, **QUICK)
+    assert report.nature == "waits" and report.verdict.startswith("Input-bound")
+    assert report.best.workers == "thread" and report.best.n >= 4
+    assert report.speed_up > 2
+    assert 100 < report.model_rate <= 205
+    assert "<- recommended" in str(report) and report.verdict in str(report)
+    html = report._repr_html_()
+    assert "<table>" in html and "image/png" in html
+    with report.runner(min_after_dequeue=0) as runner:
+        assert (runner.n_workers, runner.workers) == (report.best.n, "thread")
+        assert runner.batch_size == 8
+        assert next(iter(runner.dataset()))[0].shape == (8, 4)
+
+
+@pytest.mark.skipif(usable_cores() < 2, reason="needs two cores")
+def test_a_generator_that_holds_the_lock_gets_processes():
+    report = labkit.diagnose(heavy(busy_python(0.02)), 0.002, **QUICK)
+    assert report.nature == "holds the GIL"
+    assert report.best.workers == "process" and report.best.n >= 2
+
+
+def test_where_the_model_is_the_bottleneck_it_says_that_nothing_is_to_be_had():
+    report = labkit.diagnose(light, 0.02, **QUICK)
+    assert report.verdict.startswith("Model-bound") and "none" in report.verdict
+    assert report.speed_up < 1.2 and report.best.n == 1 and report.best.workers == "thread"
+
+
+def test_check_measures_the_recommendation_and_two_others():
+    report = labkit.diagnose(heavy(sleep(0.01)), 0.002, **QUICK)
+    rows = report.check(0.5)
+    assert rows[0] is report.best and len(rows) == 3
+    assert {row.workers for row in rows} == {"thread", "process"}
+    assert all(row.measured and row.measured > 0 for row in rows)
+    assert sum(row.measured is not None for row in report.rows) == 3
+
+
+def test_an_unpicklable_factory_still_gets_a_report_for_threads():
+    lock = threading.Lock()
+
+    def locked():
+        for batch in light():
+            with lock:
+                time.sleep(0.005)
+            yield batch
+
+    report = labkit.diagnose(locked, 0.001, **QUICK)
+    assert {row.workers for row in report.rows} == {"thread"}
+    assert "Processes could not be tried" in report.verdict and "lock" in report.verdict
+
+
+def test_a_small_finite_generator_is_started_again_and_again():
+    def three():
+        for _ in range(3):
+            time.sleep(0.002)
+            yield np.zeros((8, 4), np.float32), np.zeros((8, 1), np.float32)
+
+    report = labkit.diagnose(three, 0.001, **QUICK)
+    assert all(row.predicted > 0 for row in report.rows)
+
+
+# -- the model -----------------------------------------------------------------------------------
+
+
+def test_a_keras_model_keeps_its_weights_and_its_optimizers_state():
+    model = tf.keras.Sequential([tf.keras.layers.Input((4,)), tf.keras.layers.Dense(1)])
+    model.compile("adam", "mse")
+    rng = np.random.default_rng(0)
+    data = rng.normal(size=(64, 4)), rng.normal(size=(64, 1))
+    model.fit(*data, verbose=0)
+    before = [v.numpy() for v in [*model.variables, *model.optimizer.variables]]
+    report = labkit.diagnose(heavy(sleep(0.005)), model, **QUICK)
+    report.check(0.3)
+    after = [v.numpy() for v in [*model.variables, *model.optimizer.variables]]
+    assert all(np.array_equal(a, b) for a, b in zip(before, after, strict=True))
+    assert report.model_rate > report.serial_rate
+
+
+@pytest.mark.parametrize("takes", ["one batch", "x and y"])
+def test_a_callable_step_gets_the_batch_in_its_own_form(takes):
+    seen = []
+
+    def whole(batch):
+        seen.append(tuple(part.shape for part in batch))
+        time.sleep(0.001)
+
+    def apart(x, y):
+        whole((x, y))
+
+    labkit.diagnose(light, whole if takes == "one batch" else apart, seconds=1.0, progress=False)
+    assert set(seen) == {((8, 4), (8, 1))}
+
+
+@pytest.mark.parametrize("model", [None, "resnet", -1, 0, True])
+def test_a_wrong_model_is_named(model):
+    with pytest.raises(TypeError, match="compiled Keras model, a callable train step or the sec"):
+        labkit.diagnose(light, model, **QUICK)
+
+
+def test_a_model_that_is_not_compiled_is_named():
+    with pytest.raises(TypeError, match="compile"):
+        labkit.diagnose(light, tf.keras.Sequential([tf.keras.layers.Dense(1)]), **QUICK)
+
+
+def test_the_generators_own_error_arrives():
+    def broken(worker=0):
+        yield np.zeros((8, 4)), np.zeros((8, 1))
+        raise OSError("no disk")
+
+    with pytest.raises(WorkerError, match=r"(?s)raise OSError.*no disk"):
+        labkit.diagnose(broken, 0.01, **QUICK)
+
+
+# -- the law -------------------------------------------------------------------------------------
+
+
+def test_bounds_are_the_operational_laws():
+    need = Demands(wall=0.05, cpu=0.02, lock=0.025, step=0.01, step_cpu=0.005, cores=2)
+    assert bounds(1, need)["the generator"] == pytest.approx(20)
+    assert bounds(1, need)["Python's lock"] == np.inf
+    four = bounds(4, need)
+    assert four["the generator"] == pytest.approx(80)
+    assert four["Python's lock"] == pytest.approx(40)
+    assert four["the cores"] == pytest.approx(80)
+    assert four["the model"] == pytest.approx(100)
+
+
+# -- audit ---------------------------------------------------------------------------------------
+
+
+def test_audit_sees_repeats_and_misses_of_windows_and_none_of_epochs(numbered):
+    data = MnistDataGenerator(20, data=numbered)
+    windows = labkit.audit(data.train_iterator, workers=3)
+    assert windows.expected == windows.delivered == 500
+    assert windows.repeated == windows.missed > 50
+    epochs = labkit.audit(data.epoch_iterator, epochs=2, workers=3)
+    assert (epochs.delivered, epochs.repeated, epochs.missed) == (1000, 0, 0)
+    assert epochs.mixing > 0.8
+    assert "0 repeated, 0 missed" in str(epochs)
+
+
+def test_audit_tells_samples_apart_by_content_or_by_a_tag():
+    def each_twice(worker, n_workers):
+        for number in range(worker, 100, n_workers):
+            yield (np.array([number, number]),)
+
+    by_content = labkit.audit(each_twice, samples=200)
+    assert (by_content.delivered, by_content.repeated, by_content.missed) == (200, 100, 100)
+    tagged = labkit.audit(each_twice, samples=200, tag=lambda batch: batch[0].numpy())
+    assert (tagged.repeated, tagged.missed) == (100, 100)
+
+
+def test_audit_measures_how_well_batches_are_mixed():
+    def in_order(worker):
+        for start in range(0, 20_000, 32):
+            yield (np.arange(start, start + 32),)
+
+    mixed = labkit.audit(in_order, workers=1, samples=20_000, tag=lambda batch: batch[0].numpy())
+    # The queue holds 1000 to 2000 of the 20,000, and hands them out at random: a sample stays for
+    # as long as that on average, and the spread of its stay is as large, over 20,000 / sqrt(12).
+    assert 0.1 < mixed.mixing < 0.5, mixed
+
+
+def test_audit_of_an_endless_iterator_wants_the_size(monkeypatch):
+    monkeypatch.setattr("labkit.diagnosis._MOST_SAMPLES", 1000)
+    with pytest.raises(ValueError, match="no end; give samples="):
+        labkit.audit(lambda: light())
+
+
+# -- auto ----------------------------------------------------------------------------------------
+
+
+def run_search(model_rate, per_worker, start=1, most=10**9, windows=20):
+    """The number of workers after `windows` windows, for workers and a model of given samples/s."""
+    scaler = Scaler(32)
+    scaler.count = start
+    for _ in range(windows):
+        made = min(scaler.count * per_worker, most)
+        rate = min(made, model_rate)
+        scaler._decide(max(0.0, 1 - rate / made), rate)
+    return scaler.count
+
+
+def test_auto_grows_until_the_model_no_longer_waits(capsys):
+    assert 10 <= run_search(model_rate=1000, per_worker=100) <= 20
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("QueueRunner: 1 -> 2 workers: ") and len(lines) == len(set(lines))
+
+
+def test_auto_shrinks_where_the_model_is_slow(capsys):
+    assert run_search(model_rate=100, per_worker=100, start=32) <= 2
+    assert "the queue was full" in capsys.readouterr().out
+
+
+def test_auto_goes_back_where_more_workers_bring_nothing(capsys):
+    assert run_search(model_rate=1000, per_worker=100, most=110) <= 2
+    assert "no more than" in capsys.readouterr().out
+
+
+def test_auto_runs_and_delivers_every_sample_of_its_shares(capsys):
+    def shares(worker, n_workers):
+        for number in range(worker, 400, n_workers):
+            time.sleep(0.005)
+            yield (np.array([number]),)
+
+    with QueueRunner(shares, 8, "auto", max_workers=4, min_after_dequeue=16) as runner:
+        for _ in range(2):
+            got = sorted(int(n) for (numbers,) in runner.dataset() for n in numbers)
+            assert got == list(range(400))
+    assert "QueueRunner: 1 -> 2 workers" in capsys.readouterr().out
+
+
+# -- cores ---------------------------------------------------------------------------------------
+
+
+def test_cores_respect_the_affinity_mask():
+    import os
+
+    allowed = os.sched_getaffinity(0)
+    try:
+        os.sched_setaffinity(0, {min(allowed)})
+        assert usable_cores() == 1
+    finally:
+        os.sched_setaffinity(0, allowed)
+
+
+@pytest.mark.parametrize(
+    ("files", "cores"),
+    [
+        ({"cpu.max": "150000 100000"}, 1.5),
+        ({"cpu.max": "max 100000"}, None),
+        ({"cpu/cpu.cfs_quota_us": "400000", "cpu/cpu.cfs_period_us": "100000"}, 4.0),
+        ({"cpu/cpu.cfs_quota_us": "-1", "cpu/cpu.cfs_period_us": "100000"}, None),
+        ({}, None),
+    ],
+)
+def test_cores_respect_a_containers_quota(files, cores, tmp_path, monkeypatch):
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text + "\n")
+    assert _cgroup_cores(tmp_path) == cores
+    monkeypatch.setattr("labkit.scaling._cgroup_cores", lambda: 0.5)
+    assert usable_cores() == 1
