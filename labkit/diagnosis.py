@@ -3,7 +3,7 @@
 The prediction is the operational laws of queueing (P. J. Denning, J. P. Buzen, "The operational
 analysis of queueing network models", 1978): no rate can exceed any of its asymptotic bounds. Where
 workers and training step get into each other's way the laws are too hopeful, so each kind of
-worker is also run together with the model, at one worker and at many, and that corrects them.
+worker is also run together with the model, in a few numbers, and that corrects them.
 """
 
 import base64
@@ -24,6 +24,7 @@ from labkit.workers import Chunk, IteratorFactory, Pool, ProcessPool, Spec, Thre
 
 Kind = Literal["thread", "process"]
 _THREADS = (1, 2, 4, 8, 16, 32)
+_TRIED = (1, 2, 4, 8, 16)
 _NOISE = 0.06
 _MOST_SAMPLES = 5_000_000
 
@@ -185,9 +186,9 @@ def diagnose(
         TypeError: the model is none of these, or the iterator no factory.
         WorkerError: the iterator failed; its traceback is in the message.
     """
-    began, slot = time.monotonic(), seconds / 14
+    began, slot = time.monotonic(), seconds / 17
     kinds: tuple[Kind, ...] = ("thread", "process")
-    with _Progress(11, progress) as bar:
+    with _Progress(14, progress) as bar:
         bar("first batch")
         first, spec = _first_batch(iterator)
         size = batch_size or len(np.asarray(spec.flatten(first)[0]))
@@ -254,20 +255,18 @@ def _predict_kind(
     if kind == "process" and need.cores not in counts and need.cores > 1:
         counts.append(need.cores)
     law = {n: min(bounds(n, need).values()) for n in counts}
-    ceiling = min(value for name, value in bounds(32, need).items() if name != "the generator")
-    many = next((n for n in counts if n > 1 and n / need.wall > 1.3 * ceiling), counts[-1])
-    factors = {}
-    for n in (1, many):
+    tried = [n for n in counts if n in _TRIED or n == counts[-1] < _THREADS[-1]]
+    factors = []
+    for n in tried:
         bar(f"both, {n} {kind}{'es' if kind == 'process' else 's'}"[:30])
-        factors[n] = _together(iterator, model, kind, n, size, 1.6 * slot) / law[n]
+        factors.append(_together(iterator, model, kind, n, size, 1.5 * slot) / law[n])
     rows = []
     for n in counts:
+        factor = float(np.interp(np.log2(n), np.log2(tried), factors))
         by = min(bounds(n, need), key=lambda name: bounds(n, need)[name])
-        free = by == "the generator" and n < many
-        predicted = law[n] * (factors[1] if free else factors[many])
-        if n == 1:
-            predicted = law[1] * factors[1]
-        rows.append(Row(kind, n, predicted, 0.0, 0.0, by))
+        if by == "the generator" and n > 1 and factor < 0.85 * factors[0]:
+            by = "Python's lock" if kind == "thread" else "the cores"
+        rows.append(Row(kind, n, law[n] * factor, 0.0, 0.0, by))
     return rows
 
 

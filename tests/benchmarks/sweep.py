@@ -1,8 +1,7 @@
 """Are the predictions true, and the advice good? `python -m tests.benchmarks.sweep [case ...]`.
 
-For each generator: `diagnose`, then every setting of its table is run for some seconds, in two
-rounds. A case counts as predicted if the median of its settings is; the table shows all, misses
-included. Then `n_workers="auto"` beside the best fixed settings.
+For each generator: `diagnose`, then every setting of its table is run for some seconds, and shown
+beside its prediction, misses included. Then `n_workers="auto"` beside the best fixed setting.
 """
 
 import argparse
@@ -21,7 +20,7 @@ from labkit.quiet import tf
 from labkit.workloads import busy_python, distort, sleep
 from tests.benchmarks.common import median, write
 
-SECONDS, ROUNDS = 3.0, 2
+SECONDS, ROUNDS = 3.0, 1
 
 
 def cnn(extra: float = 0.0) -> Callable[..., Any]:
