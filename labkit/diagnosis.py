@@ -13,18 +13,31 @@ import io
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from statistics import fmean
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
 from labkit.queue_runner import QueueRunner
 from labkit.quiet import tf
 from labkit.scaling import usable_cores
-from labkit.workers import Chunk, IteratorFactory, Pool, ProcessPool, Spec, ThreadPool, WorkerError
+from labkit.workers import (
+    Chunk,
+    Ended,
+    IteratorFactory,
+    Pool,
+    ProcessPool,
+    Spec,
+    ThreadPool,
+    WorkerError,
+)
 
 Kind = Literal["thread", "process"]
+_KINDS: tuple[Kind, ...] = ("thread", "process")
 _THREADS = (1, 2, 4, 8, 16, 32)
-_TRIED = (1, 2, 4, 8, 16)
+_ROUNDS = 2
+_STARTS = 4  # what starting the workers takes, in runs
+_PATIENCE = 3.0  # seconds to wait until every worker delivers
 _NOISE = 0.06
 _MOST_SAMPLES = 5_000_000
 
@@ -186,46 +199,46 @@ def diagnose(
         TypeError: the model is none of these, or the iterator no factory.
         WorkerError: the iterator failed; its traceback is in the message.
     """
-    began, slot = time.monotonic(), seconds / 17
-    kinds: tuple[Kind, ...] = ("thread", "process")
-    with _Progress(14, progress) as bar:
+    began = time.monotonic()
+    with _Progress(progress) as bar:
         bar("first batch")
         first, spec = _first_batch(iterator)
         size = batch_size or len(np.asarray(spec.flatten(first)[0]))
         runs = _Model.of(model)
+        # 4 runs of the generator, 2 of the model, and at most 7 settings of both, in rounds.
+        slot = seconds / (6 + 7 * _ROUNDS + _STARTS)
         with runs.weights_kept():
             bar("model alone")
             repeated = _repeat(first, spec, size)
             runs.run(repeated, 0.2)
-            step, step_cpu = runs.run(repeated, 1.5 * slot)
+            step, step_cpu = runs.run(repeated, slot)
+            alone, problems = _alone_in_each(iterator, slot, bar)
             demands: dict[Kind, Demands] = {}
-            problems: dict[str, str] = {}
             cores = usable_cores()
-            alone: dict[tuple[str, int], tuple[float, float, float]] = {}
-            for kind in kinds:
-                try:
-                    for n in (1, 2):
-                        bar(f"generator in {n} {kind}{'es' if kind == 'process' else 's'}"[:30])
-                        alone[kind, n] = _alone(iterator, kind, n, slot)
-                except (TypeError, OSError, MemoryError) as error:
-                    problems[kind] = str(error)
-                    continue
-                one, two = alone[kind, 1], alone[kind, 2]
-                scale = size / one[2]
-                lock = scale / two[0] if two[0] < 1.6 * one[0] else 0.0
-                cpu = alone["thread", 1][1] if kind == "process" else one[1]
-                demands[kind] = Demands(scale / one[0], scale * cpu, lock, step, step_cpu, cores)
-            rows: list[Row] = []
-            for kind in kinds:
-                if kind in demands:
-                    need = demands[kind]
-                    rows += _predict_kind(kind, need, iterator, runs, size, slot, bar)
+            for kind in _KINDS:
+                if kind not in problems:
+                    one, two = alone[kind, 1], alone[kind, 2]
+                    lock = size / two.rate if two.rate < 1.6 * one.rate else 0.0
+                    cpu = size * alone["thread", 1].cpu
+                    demands[kind] = Demands(size / one.rate, cpu, lock, step, step_cpu, cores)
+            settings = [(kind, n) for kind, need in demands.items() for n in _to_try(kind, need)]
+            together: dict[tuple[Kind, int], list[float]] = {setting: [] for setting in settings}
+            bar.expect(len(settings) * _ROUNDS + 1)
+            for _ in range(_ROUNDS):
+                for kind, n in settings:
+                    bar(f"both, {n} {_workers(kind, n)}")
+                    rate = _together(iterator, runs, kind, n, size, slot)
+                    together[kind, n].append(rate)
             bar("model alone again")
             again, _ = runs.run(repeated, slot)
     drift = abs(again / step - 1)
-    for row in rows:
-        margin = _NOISE + drift
-        row.low, row.high = row.predicted * (1 - margin), row.predicted * (1 + margin)
+    rows = [
+        row
+        for kind, need in demands.items()
+        for row in _predict(
+            kind, need, {n: fmean(v) for (k, n), v in together.items() if k == kind}, _NOISE + drift
+        )
+    ]
     nature = _nature(alone)
     model_rate = 2 / (step + again)
     serial = 1 / (demands["thread"].wall + 1 / model_rate)
@@ -242,39 +255,60 @@ def diagnose(
     )  # fmt: skip
 
 
-def _predict_kind(
-    kind: Kind,
-    need: Demands,
-    iterator: Callable[..., Iterable[Any]],
-    model: "_Model",
-    size: int,
-    slot: float,
-    bar: "_Progress",
-) -> list[Row]:
-    counts = [n for n in _THREADS if kind == "thread" or n <= max(2, need.cores)]
-    if kind == "process" and need.cores not in counts and need.cores > 1:
-        counts.append(need.cores)
-    law = {n: min(bounds(n, need).values()) for n in counts}
-    tried = [n for n in counts if n in _TRIED or n == counts[-1] < _THREADS[-1]]
-    factors = []
-    for n in tried:
-        bar(f"both, {n} {kind}{'es' if kind == 'process' else 's'}"[:30])
-        factors.append(_together(iterator, model, kind, n, size, 1.5 * slot) / law[n])
+def _counts(kind: Kind, need: Demands) -> list[int]:
+    if kind == "thread":
+        return list(_THREADS)
+    return sorted({n for n in _THREADS if n <= max(2, need.cores)} | {max(2, need.cores)})
+
+
+def _contended(n: int, need: Demands) -> bool:
+    """Whether more than the generator's own time may decide with n workers."""
+    return n / need.wall > 0.7 * _ceiling(n, need)
+
+
+def _ceiling(n: int, need: Demands) -> float:
+    return min(value for name, value in bounds(n, need).items() if name != "the generator")
+
+
+def _to_try(kind: Kind, need: Demands) -> list[int]:
+    """The settings that are worth running together with the model: the first and the last in which
+    workers only wait, and those in which they get into each other's way, up to twice as many as
+    the law finds useful: more bring no news."""
+    counts = _counts(kind, need)
+    free = [n for n in counts if not _contended(n, need)]
+    useful = next((n for n in counts if n / need.wall >= _ceiling(n, need)), counts[-1])
+    most = 2 * max(2, useful)
+    return sorted({1, *free[-1:], *(n for n in counts if n not in free and n <= most)})
+
+
+def _predict(kind: Kind, need: Demands, measured: dict[int, float], margin: float) -> list[Row]:
+    """The law for every number of workers, corrected by the rates that were measured together."""
+    law = {n: min(bounds(n, need).values()) for n in _counts(kind, need)}
+    factors = {n: rate / law[n] for n, rate in measured.items()}
+    crowded = [n for n in factors if n > 1 and _contended(n, need)]
+    free = [n for n in factors if n not in crowded]
     rows = []
-    for n in counts:
-        factor = float(np.interp(np.log2(n), np.log2(tried), factors))
+    for n in law:
+        if n == 1 or not _contended(n, need):
+            factor = float(np.interp(np.log2(n), np.log2(free), [factors[k] for k in free]))
+        else:
+            # Among many workers one more or less changes little, so that all runs count for each.
+            line = np.polyfit(np.log2(crowded), [factors[k] for k in crowded], len(crowded) > 1)
+            factor = float(np.polyval(line, np.log2(min(n, crowded[-1]))))
         by = min(bounds(n, need), key=lambda name: bounds(n, need)[name])
-        if by == "the generator" and n > 1 and factor < 0.85 * factors[0]:
+        if by == "the generator" and n > 1 and factor < 0.85 * factors[1]:
             by = "Python's lock" if kind == "thread" else "the cores"
-        rows.append(Row(kind, n, law[n] * factor, 0.0, 0.0, by))
+        rate = law[n] * factor
+        rows.append(Row(kind, n, rate, rate * (1 - margin), rate * (1 + margin), by))
     return rows
 
 
-def _nature(alone: dict[tuple[str, int], tuple[float, float, float]]) -> str:
-    rate, cpu, _ = alone["thread", 1]
-    busy = cpu * rate
-    threads = alone["thread", 2][0] / rate
-    processes = alone["process", 2][0] / alone["process", 1][0] if ("process", 2) in alone else 2.0
+def _nature(alone: dict[tuple[Kind, int], "_Alone"]) -> str:
+    one, two = alone["thread", 1], alone["thread", 2]
+    busy = one.cpu * one.rate
+    threads, processes = two.rate / one.rate, 2.0
+    if ("process", 2) in alone:
+        processes = alone["process", 2].rate / alone["process", 1].rate
     if busy < 0.5 and threads > 1.4:
         return "waits"
     if busy > 1.4 or (threads < 1.4 and processes < 1.3):
@@ -282,9 +316,13 @@ def _nature(alone: dict[tuple[str, int], tuple[float, float, float]]) -> str:
     return "holds the GIL" if threads < 1.4 else "computes outside the GIL"
 
 
+def _workers(kind: Kind, n: int) -> str:
+    plural = "es" if kind == "process" else "s"
+    return kind + (plural if n > 1 else "")
+
+
 def _verdict(nature: str, best: Row, model_rate: float, serial: float, wall: float) -> str:
-    plural = "es" if best.workers == "process" else "s"
-    setting = f"{best.n} {best.workers}{plural if best.n > 1 else ''}"
+    setting = f"{best.n} {_workers(best.workers, best.n)}"
     gain = best.predicted / serial
     if serial > 0.95 * model_rate or gain < 1.05:
         return (
@@ -319,39 +357,62 @@ def _repeat(batch: Any, spec: Spec, size: int) -> tf.data.Dataset:
     return tf.data.Dataset.from_tensors(spec.pack(arrays)).repeat()
 
 
-def _alone(
-    iterator: Callable[..., Iterable[Any]], kind: Kind, n: int, seconds: float
-) -> tuple[float, float, float]:
-    """Batches/s of n workers without a model, processor seconds and samples per batch."""
+class _Alone(NamedTuple):
+    """The generator without a model: samples/s, and processor seconds per sample."""
+
+    rate: float
+    cpu: float
+
+
+def _alone_in_each(
+    iterator: Callable[..., Iterable[Any]], seconds: float, bar: "_Progress"
+) -> tuple[dict[tuple[Kind, int], _Alone], dict[Kind, str]]:
+    """One and two workers of each kind; and why a kind cannot be had, if so."""
+    alone: dict[tuple[Kind, int], _Alone] = {}
+    problems: dict[Kind, str] = {}
+    for kind in _KINDS:
+        for n in (1, 2):
+            bar(f"generator in {n} {_workers(kind, n)}")
+            try:
+                alone[kind, n] = _alone(iterator, kind, n, seconds)
+            except (TypeError, OSError, MemoryError) as error:
+                problems[kind] = str(error)
+                break
+    return alone, problems
+
+
+def _alone(iterator: Callable[..., Iterable[Any]], kind: Kind, n: int, seconds: float) -> _Alone:
     make: type[Pool] = ThreadPool if kind == "thread" else ProcessPool
     pool = make(IteratorFactory(iterator, n))
-    stamps: list[float] = []
-    rows = 0
+    heard: set[int] = set()
+    ended: set[int] = set()
+    began, first, cpu, chunks, samples = time.monotonic(), 0.0, 0.0, 0, 0
     try:
         pool.set_active(n)
-        began, cpu, cpu_from = time.monotonic(), 0.0, 0
-        while len(stamps) < 3 * n or stamps[-1] - stamps[n] < seconds:
-            message = pool.get(0.5)
+        while True:
+            message, now = pool.get(0.5), time.monotonic()
             if isinstance(message, Chunk):
-                stamps.append(time.monotonic())
-                if len(stamps) == n:
-                    cpu, cpu_from = time.process_time(), len(stamps)
-                rows += len(message.arrays[0])
                 pool.release(message)
-            elif message is not None:
-                if type(message).__name__ == "Ended":
-                    if len(stamps) <= n:
+                heard.add(message.worker)
+                if first:
+                    chunks, samples = chunks + 1, samples + len(message.arrays[0])
+                    if now - first > seconds and chunks >= 3 * n:
                         break
+                elif len(heard) == n or now - began > _PATIENCE:
+                    first, cpu = now, time.process_time()
+            elif isinstance(message, Ended) and heard:
+                ended.add(message.worker)
+                if len(ended) == n:
+                    ended.clear()
                     pool.next_epoch()
-                    continue
+            elif message is not None:
                 raise WorkerError(f"diagnose: {getattr(message, 'text', message)}")
-            elif time.monotonic() - began > 60:
+            elif now - began > 60:
                 raise WorkerError("diagnose: the generator delivered too little in 60 s.")
         used = time.process_time() - cpu
     finally:
         pool.stop()
-    batches = len(stamps) - cpu_from
-    return batches / (stamps[-1] - stamps[cpu_from - 1]), used / batches, rows / len(stamps)
+    return _Alone(samples / (now - first), used / samples)
 
 
 def _together(
@@ -367,7 +428,9 @@ def _together(
     with QueueRunner(
         iterator, size, n, kind, capacity=4 * size, min_after_dequeue=0, timeout=120
     ) as runner:
-        step, _ = model.run(runner.dataset().repeat(), seconds)
+        batches = runner.dataset().repeat()
+        # A thread has two batches ready beside those in the queue; they say nothing of its speed.
+        step, _ = model.run(batches, seconds, lambda: len(runner.delivering) == n, 2 * n + 4)
     return 1 / step
 
 
@@ -397,8 +460,14 @@ class _Model:
 
         return nullcontext()
 
-    def run(self, dataset: tf.data.Dataset, seconds: float) -> tuple[float, float]:
-        watch = _Watch(seconds)
+    def run(
+        self,
+        dataset: tf.data.Dataset,
+        seconds: float,
+        ready: Callable[[], bool] = lambda: True,
+        stored: int = 2,
+    ) -> tuple[float, float]:
+        watch = _Watch(seconds, ready, stored)
         for batch in dataset:
             self.take(batch)
             if watch.enough():
@@ -429,8 +498,14 @@ class _KerasModel(_Model):
 
         return keep()
 
-    def run(self, dataset: tf.data.Dataset, seconds: float) -> tuple[float, float]:
-        watch = _Watch(seconds)
+    def run(
+        self,
+        dataset: tf.data.Dataset,
+        seconds: float,
+        ready: Callable[[], bool] = lambda: True,
+        stored: int = 2,
+    ) -> tuple[float, float]:
+        watch = _Watch(seconds, ready, stored)
         model = self.model
 
         class Stop(tf.keras.callbacks.Callback):
@@ -443,26 +518,29 @@ class _KerasModel(_Model):
 
 
 class _Watch:
-    """Decides when there were steps enough; the first quarter of the time is warm-up."""
+    """Decides when there were steps enough: counted from when all workers deliver and what they
+    had `stored` is used up."""
 
-    def __init__(self, seconds: float) -> None:
-        self.seconds, self.began = seconds, time.monotonic()
-        self.stamps: list[float] = []
-        self.cpu: list[float] = []
+    def __init__(self, seconds: float, ready: Callable[[], bool], stored: int) -> None:
+        self.seconds, self.ready, self.stored = seconds, ready, stored
+        self.began, self.steps = time.monotonic(), -stored
+        self.first = self.last = (0.0, 0.0)
 
     def enough(self) -> bool:
-        self.stamps.append(time.monotonic())
-        self.cpu.append(time.process_time())
-        return len(self.stamps) >= 8 and self.stamps[-1] - self.stamps[0] > self.seconds
+        # Taken here, since the end of an iteration may have to wait for one more batch.
+        self.last = now, _ = time.monotonic(), time.process_time()
+        if self.steps == -self.stored and not self.ready() and now - self.began < _PATIENCE:
+            return False
+        self.steps += 1
+        if self.steps == 0:
+            self.first = self.last
+        return self.steps >= max(8, self.stored / 2) and now - self.first[0] > self.seconds
 
     def result(self) -> tuple[float, float]:
-        if len(self.stamps) < 3:
+        if self.steps < 1:
             raise WorkerError("diagnose: the data ended before three steps were made.")
-        start = int(np.searchsorted(self.stamps, self.stamps[0] + self.seconds / 4))
-        start = min(start, len(self.stamps) // 2)
-        steps = len(self.stamps) - 1 - start
-        wall = (self.stamps[-1] - self.stamps[start]) / steps
-        return wall, (self.cpu[-1] - self.cpu[start]) / steps
+        wall, cpu = (end - start for start, end in zip(self.first, self.last, strict=True))
+        return wall / self.steps, cpu / self.steps
 
 
 def _unpacking(step: Callable[..., Any]) -> Callable[[Any], Any]:
@@ -477,10 +555,13 @@ def _unpacking(step: Callable[..., Any]) -> Callable[[Any], Any]:
 
 
 class _Progress:
-    def __init__(self, total: int, shown: bool) -> None:
+    def __init__(self, shown: bool) -> None:
         from tqdm.auto import tqdm
 
-        self.bar = tqdm(total=total, disable=not shown, desc="diagnose", leave=False)
+        self.bar = tqdm(total=20, disable=not shown, desc="diagnose", leave=False)
+
+    def expect(self, more: int) -> None:
+        self.bar.total = self.bar.n + more
 
     def __enter__(self) -> "_Progress":
         return self

@@ -141,6 +141,7 @@ class QueueRunner:
         self._given_spec = None if spec is None else _spec_from(spec)
         self.error: BaseException | None = None
         self.samples = 0
+        self.delivering: set[int] = set()
         self._pool: Pool | None = None
         self._queue: _GraphQueue | _EagerQueue | None = None
         self._feeder: threading.Thread | None = None
@@ -207,7 +208,7 @@ class QueueRunner:
         self._watch = self._watch or _InterruptWatch()
         try:
             self._launch()
-        except KeyboardInterrupt:
+        except BaseException:
             self.stop()
             raise
         return self
@@ -397,7 +398,7 @@ class QueueRunner:
             self._pool = _POOLS[self.workers](factory, self._given_spec)
             # An interrupt between get_inputs and start leaves no one to call stop.
             self._abandoned = weakref.finalize(self, self._pool.stop)
-        self._lost, self._scaler = set(), None
+        self._lost, self._scaler, self.delivering = set(), None, set()
         _RUNNING.add(self)
 
     def _change_count(self, count: int) -> None:
@@ -435,6 +436,10 @@ class QueueRunner:
                 self._new_pool()
             self.error, self.samples = None, 0
             assert self._pool is not None and self._queue is not None
+            if self.n_workers != "auto":
+                # Here, not in the feeder: threads start twice as fast while the caller waits than
+                # while its first step is being prepared.
+                self._pool.set_active(self._pool.n_workers)
             self._feeder = threading.Thread(
                 target=self._feed, args=(self._pool, self._queue), name="labkit feeder", daemon=True
             )
@@ -469,8 +474,11 @@ class QueueRunner:
                     )
                     break
                 if self.timeout is not None and time.monotonic() > look_again:
-                    # Also while other workers deliver; their message then waits its turn.
+                    # Also while other workers deliver. What came while the consumer paused is taken
+                    # in first: whoever sent it is not late.
                     look_again = time.monotonic() + _TICK
+                    while (more := pool.get(0)) is not None:
+                        waiting.append(more)
                     late = pool.late(self.timeout)
                     if late is not None:
                         waiting[:0] = [] if message is None else [message]
@@ -483,15 +491,15 @@ class QueueRunner:
                     if len(chunks) > 1:
                         columns = zip(*(chunk.arrays for chunk in chunks), strict=True)
                         arrays = [np.concatenate(column) for column in columns]
-                    began = time.monotonic()
                     queue.enqueue(arrays)
                     self.samples += len(arrays[0])
                     for chunk in chunks:
+                        self.delivering.add(chunk.worker)
                         pool.release(chunk)
-                    if scaler:
-                        scaler.note(time.monotonic() - began, len(arrays[0]))
-                        if pool.active != _wanted(pool, scaler, ended):
-                            pool.set_active(_wanted(pool, scaler, ended))
+                    if scaler and _window_over(scaler, chunks, pool.active - 1):
+                        least = self.min_after_dequeue + self.batch_size
+                        scaler.decide(full=queue.size() > (least + self.capacity) / 2)
+                        pool.set_active(_wanted(pool, scaler, ended))
                     continue
                 if not isinstance(message, Ended):
                     error = self._as_error(message)
@@ -703,6 +711,11 @@ def _ready_together(first: Chunk, waiting: list[Message], pool: Pool) -> list[Ch
             break
         chunks.append(message)
     return chunks
+
+
+def _window_over(scaler: Scaler, chunks: list[Chunk], newest: int) -> bool:
+    notes = [scaler.note(c.worker, newest, len(c.arrays[0]), c.seconds) for c in chunks]
+    return any(notes)
 
 
 def _wanted(pool: Pool, scaler: Scaler | None, ended: set[int]) -> int:

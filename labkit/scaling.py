@@ -5,7 +5,8 @@ import os
 import time
 from pathlib import Path
 
-_WINDOW = 0.8
+_WINDOW, _PATIENCE = 0.7, 3.0  # seconds
+_SPARE = 1.15
 
 
 def usable_cores() -> int:
@@ -38,51 +39,70 @@ def _cgroup_cores(root: Path = Path("/sys/fs/cgroup")) -> float | None:
 class Scaler:
     """Finds the number of workers that should be producing, `count`, from what the feeder sees.
 
-    A feeder that is held up by a full queue means that the model is the slower: enough. Otherwise
-    the number doubles, as long as the rate grows with it. Each decision is printed once.
+    The number doubles as long as the rate grows with it. Once the queue stays full the model is
+    the slower, and Little's law (J. D. C. Little, "A proof for the queuing formula L = λW", 1961)
+    says how many workers its rate keeps busy: samples/s times worker seconds per sample. Each
+    decision is printed once.
     """
 
     def __init__(self, limit: int) -> None:
         self.limit, self.count = limit, 1
-        self.best = (0.0, 0)
-        self.settled = False
-        self._begin()
+        self.before = (0.0, 0)  # rate and count before the last growth
+        self.enough_seen = self.plateau = False
+        self.full_windows = 0
+        self._wait_for_newest()
 
-    def _begin(self) -> None:
-        self.began, self.blocked, self.samples = time.monotonic(), 0.0, 0
+    def _wait_for_newest(self) -> None:
+        self.since, self.began = time.monotonic(), 0.0
 
-    def note(self, seconds: float, samples: int) -> None:
-        """Called for each enqueue: how long it took, how many samples it carried."""
-        self.blocked += seconds
+    def note(self, worker: int, newest: int, samples: int, seconds: float) -> bool:
+        """Counts a chunk of `samples` that took its worker `seconds`; True when it is time to
+        `decide`. `newest` is the last of the workers that are to produce."""
+        now = time.monotonic()
+        if not self.began:
+            # Before the newest worker delivers, the rate is not that of `count` workers.
+            if worker >= newest or now - self.since > _PATIENCE:
+                self.began, self.chunks, self.samples, self.seconds = now, 0, 0, 0.0
+            return False
+        self.chunks += 1
         self.samples += samples
-        elapsed = time.monotonic() - self.began
-        if elapsed > _WINDOW:
-            self._decide(self.blocked / elapsed, self.samples / elapsed)
-            self._begin()
+        self.seconds += seconds
+        return now - self.began > _WINDOW and self.chunks >= 3 * self.count
 
-    def _decide(self, blocked: float, rate: float) -> None:
-        count, (best_rate, best_count) = self.count, self.best
-        if blocked > 0.5:
-            needed = max(1, math.ceil(count * (1 - blocked) * 1.25))
-            if needed < count:
-                self._set(needed, f"the queue was full {blocked:.0%} of the time")
-                self.settled = True
-                self.best = (rate, needed)
+    def decide(self, full: bool) -> None:
+        """Sets `count` anew. `full`: the queue is, so the model is the slower."""
+        elapsed = time.monotonic() - self.began
+        self._decide(full, self.samples / elapsed, self.seconds / elapsed)
+        self._wait_for_newest()
+
+    def _decide(self, full: bool, rate: float, busy: float) -> None:
+        self.full_windows = self.full_windows + 1 if full else 0
+        if full:
+            # One full window may be a pause of the model: compiling, validating.
+            if self.full_windows < 2:
+                return
+            needed = math.ceil(_SPARE * busy)
+            if needed < self.count * (0.7 if self.enough_seen else 1.0):
+                self._set(
+                    needed,
+                    f"the queue is full, and the model's {rate:.0f} samples/s keep "
+                    f"{busy:.1f} of them busy",
+                )
+            self.enough_seen, self.plateau, self.before = True, False, (0.0, 0)
             return
-        if self.settled and rate > 0.8 * best_rate:
+        best_rate, best_count = self.before
+        if self.plateau and abs(rate / best_rate - 1) < 0.25:
             return
-        if rate < 1.08 * best_rate and count > best_count > 0:
-            self._set(best_count, f"{count} gave {rate:.0f} samples/s, no more than {best_count}")
-            self.settled = True
-        elif count < self.limit:
-            self.best = (rate, count)
-            self._set(
-                min(2 * count, self.limit),
-                f"at {rate:.0f} samples/s the queue is not full",
-            )
-            self.settled = False
+        if self.count > best_count > 0 and rate < 1.08 * best_rate:
+            self._set(best_count, f"{rate:.0f} samples/s, no more than with {best_count}")
+            self.plateau = True
+        elif self.count < self.limit:
+            self.before, self.plateau = (rate, self.count), False
+            step = max(1, self.count // 4) if self.enough_seen else self.count
+            grown = min(self.count + step, self.limit)
+            self._set(grown, f"at {rate:.0f} samples/s the queue is not full")
         else:
-            self.best, self.settled = (rate, count), True
+            self.before, self.plateau = (rate, self.count), True
 
     def _set(self, count: int, why: str) -> None:
         print(f"QueueRunner: {self.count} -> {count} workers: {why}", flush=True)

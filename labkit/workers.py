@@ -5,6 +5,7 @@ returns the next message, `release(chunk)` gives a chunk's place back, `stop()` 
 A worker has two or more places for chunks; with all of them taken, it waits. No TensorFlow here.
 """
 
+import collections
 import contextlib
 import errno
 import inspect
@@ -19,6 +20,7 @@ import re
 import selectors
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import tempfile
@@ -37,6 +39,7 @@ Arrays = list[np.ndarray]
 _THREAD_PLACES = 2
 _RING_BYTES = 8 << 20
 _NEXT_EPOCH = 255
+_CHUNK = struct.Struct("<cBQd")  # b"C", place, rows, seconds
 _OUT_OF_BAND = 1 << 16
 
 
@@ -184,10 +187,14 @@ def _check(want: Component, got: Any) -> np.ndarray:
 
 @dataclass
 class Chunk:
-    """Arrays that a worker delivered; give the place back with `pool.release(chunk)`."""
+    """Arrays that a worker delivered; give the place back with `pool.release(chunk)`.
+
+    `seconds` is the time that the iterator took for them.
+    """
 
     worker: int
     arrays: Arrays
+    seconds: float
     place: int = 0
 
 
@@ -388,14 +395,17 @@ class ThreadPool(Pool):
         try:
             while not self._stopping:
                 iterator = self.factory(worker, epoch)
+                began = time.perf_counter()
                 for batch in iterator:
                     if self.spec is None:
                         self.spec = Spec.of(batch)
                     arrays = _fitted(self.spec, batch, iterator)
+                    took = time.perf_counter() - began
                     self._free_places[worker].acquire()
                     if self._stopping:
                         return
-                    self._messages.put(Chunk(worker, arrays))
+                    self._messages.put(Chunk(worker, arrays, took))
+                    began = time.perf_counter()
                 self._messages.put(Ended(worker))
                 self._epochs[worker].acquire()
                 epoch += 1
@@ -500,6 +510,7 @@ class ProcessPool(Pool):
         self._wake, self._woken = socket.socketpair()
         self._selector.register(self._woken, selectors.EVENT_READ, None)
         self._workers: list[_Process] = []
+        self._received: collections.deque[Message] = collections.deque()
 
     def _start(self, worker: int) -> None:
         process = _Process(worker, self._code, self._buffers, self._sizes, self.spec)
@@ -508,16 +519,18 @@ class ProcessPool(Pool):
 
     def _receive(self, timeout: float) -> Message | None:
         deadline = time.monotonic() + timeout
-        while True:
+        while not self._received:
             left = deadline - time.monotonic()
+            # All that are ready are read before any is asked again, so that none is passed over.
             for key, _ in self._selector.select(max(0.0, left)):
                 if key.data is None:
                     return None
                 message = self._read(key.data)
                 if message is not None:
-                    return message
+                    self._received.append(message)
             if left <= 0:
-                return None
+                break
+        return self._received.popleft() if self._received else None
 
     def _read(self, process: "_Process") -> Message | None:
         try:
@@ -752,17 +765,18 @@ class _Process:
     def read(self) -> Message | Spec | None:
         data = self.connection.recv_bytes()
         if data[:1] == b"C":
-            place, rows = data[1], int.from_bytes(data[2:], "little")
+            _, place, rows, seconds = _CHUNK.unpack(data)
             views = self._views[place]
             whole = rows == len(views[0])
-            return Chunk(self.index, views if whole else [view[:rows] for view in views], place)
+            arrays = views if whole else [view[:rows] for view in views]
+            return Chunk(self.index, arrays, seconds, place)
         kind, content = pickle.loads(data)
         if kind == "first":
             self.spec, rows = content
             self._lay_out(rows)
             return self.spec
         if kind == "chunk":
-            return Chunk(self.index, content)
+            return Chunk(self.index, *content)
         if kind == "failed":
             summary, text = content
             return Failed(self.index, summary, _readable(text))
@@ -873,26 +887,29 @@ class _Child:
         except (EOFError, OSError):
             raise _ParentGone from None
 
-    def run(self, code: bytes, arrays: list[memoryview], spec: Spec | None, index: int) -> None:
+    def run(self, code: bytes, buffers: list[memoryview], spec: Spec | None, index: int) -> None:
         self.spec = spec
-        factory = pickle.loads(code, buffers=arrays)
+        factory = pickle.loads(code, buffers=buffers)
         for epoch in range(sys.maxsize):
             iterator = factory(index, epoch)
+            began = time.perf_counter()
             for batch in iterator:
                 self.spec = self.spec or Spec.of(batch)
-                self.deliver(self.spec, _fitted(self.spec, batch, iterator))
+                arrays = _fitted(self.spec, batch, iterator)
+                self.deliver(self.spec, arrays, time.perf_counter() - began)
+                began = time.perf_counter()
             self.tell("ended")
             while self.epochs <= epoch:
                 self.listen()
 
-    def deliver(self, spec: Spec, arrays: Arrays) -> None:
+    def deliver(self, spec: Spec, arrays: Arrays, seconds: float) -> None:
         rows = len(arrays[0])
         if not self.laid_out:
             self.lay_out(spec, rows)
         if self.layout is None:
             while not self.free:
                 self.listen()
-            self.tell("chunk", arrays)
+            self.tell("chunk", (arrays, seconds))
             self.free.pop()
             return
         for start in range(0, rows, self.layout.rows):
@@ -902,7 +919,7 @@ class _Child:
             count = min(self.layout.rows, rows - start)
             for view, array in zip(self.views[place], arrays, strict=True):
                 view[:count] = array[start : start + count]
-            self.say(b"C" + bytes([place]) + count.to_bytes(8, "little"))
+            self.say(_CHUNK.pack(b"C", place, count, seconds * count / rows))
 
     def lay_out(self, spec: Spec, rows: int) -> None:
         self.tell("first", (spec, rows))

@@ -147,7 +147,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--faults", action="store_true", help="repeat the fault tests instead")
     parser.add_argument("--repeats", type=int, default=100, help="of each fault (default: 100)")
-    parser.add_argument("--copies", type=int, default=5, help="run side by side (default: 5)")
+    parser.add_argument("--copies", type=int, default=4, help="run side by side (default: 4)")
     parser.add_argument("--seconds", type=float, default=300, help="of each soak (default: 300)")
     options = parser.parse_args()
     if options.faults:

@@ -258,19 +258,34 @@ def test_a_worker_that_is_killed_from_outside_while_it_waits(repeat):
 
 
 def test_a_stall_is_shown_with_the_line_that_it_stands_at(workers, consume, repeat):
-    seconds = 1.2 if workers == "thread" else 3600.0
+    seconds, timeout = (1.2, 0.5) if workers == "thread" else (3600.0, 1.0)
 
     def stalled():
         time.sleep(seconds)  # where it stands
         return np.zeros(4, np.int64), np.zeros((4, 2), np.float32)
 
-    runner = QueueRunner(good_until(stalled, 5), 8, 2, workers, timeout=0.5, **SMALL)
+    runner = QueueRunner(good_until(stalled, 5), 8, 2, workers, timeout=timeout, **SMALL)
     # Worker 0 ends up in its own sleeps of 2 ms, far below the timeout.
     error = error_of(lambda: consume(runner))
     assert error.worker == 1
-    assert "worker 1 has delivered nothing for 0.5 s" in str(error)
+    assert f"worker 1 has delivered nothing for {timeout:g} s" in str(error)
     assert "time.sleep(seconds)  # where it stands" in str(error)
     assert "workers.py" not in str(error)
+
+
+def test_a_consumer_that_pauses_makes_no_worker_late(workers, consume, repeat):
+    def endless():
+        while True:
+            yield np.zeros(4, np.int64), np.zeros((4, 2), np.float32)
+
+    class Pauses(list):
+        def append(self, batch):
+            super().append(batch)
+            if len(self) == 20:
+                time.sleep(1.6)
+
+    runner = QueueRunner(endless, 8, 3, workers, timeout=0.8, **SMALL)
+    assert len(consume(runner, steps=60, seen=Pauses())) == 60
 
 
 def test_a_worker_process_that_is_suspended(repeat):
@@ -279,7 +294,7 @@ def test_a_worker_process_that_is_suspended(repeat):
 
         os.kill(os.getpid(), signal.SIGSTOP)
 
-    runner = QueueRunner(good_until(suspended, 5), 8, 2, "process", timeout=0.5, **SMALL)
+    runner = QueueRunner(good_until(suspended, 5), 8, 2, "process", timeout=1.0, **SMALL)
     error = error_of(lambda: in_graph(runner))
     assert error.worker == 1 and "did not answer" in str(error)
 
@@ -288,7 +303,8 @@ def test_a_worker_process_that_is_suspended(repeat):
 def test_continue_goes_on_with_the_others_and_says_so_once(workers, fault, repeat):
     if fault == "killed" and workers == "thread":
         pytest.skip("a thread cannot be killed")
-    seconds = 1.5 if workers == "thread" else 3600.0
+    # A process's start counts, and takes longer on a busy machine.
+    seconds, timeout = (1.5, 0.4) if workers == "thread" else (3600.0, 1.2)
 
     def factory(worker, n_workers):
         import signal
@@ -304,7 +320,7 @@ def test_continue_goes_on_with_the_others_and_says_so_once(workers, fault, repea
             time.sleep(0.01)
             yield np.full(4, worker), np.zeros((4, 2), np.float32)
 
-    runner = QueueRunner(factory, 4, 3, workers, on_error="continue", timeout=0.4, **SMALL)
+    runner = QueueRunner(factory, 4, 3, workers, on_error="continue", timeout=timeout, **SMALL)
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         batches = in_graph(runner)

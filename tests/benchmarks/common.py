@@ -76,7 +76,7 @@ class Steps:
 
     def drain(self) -> None:
         """Uses up what was stored during a pause, so that the rate is the steady one."""
-        for step in range(200):
+        for step in range(600):  # where the model is the slower, the queue stays full for ever
             if step >= 4 and (self.runner is None or self.runner.depth() < self.least):
                 break
             self.step()
