@@ -540,6 +540,7 @@ class ProcessPool(Pool):
             return Died(process.index, process.ending())
         if isinstance(message, Spec):
             self.spec = self.spec or message
+            self._states[process.index].since = time.monotonic()
             return None
         return message
 
