@@ -80,6 +80,11 @@ class QueueRunner:
         max_workers: the limit for "auto". Default: 32 threads, or one process per usable core.
         seed: of the queue's shuffling.
 
+    Attributes:
+        error: the WorkerError that ended the run, or None.
+        samples: how many were put into the queue since the start.
+        delivering: numbers of the workers that have delivered since the start.
+
     Raises:
         TypeError, ValueError: an argument is not as above.
         MemoryError: the queue would need more than half of the free memory.

@@ -46,6 +46,12 @@ def workers(request):
     return request.param
 
 
+@pytest.fixture
+def consume(repeat):
+    """In turn: a session's loop, and a loop over dataset()."""
+    return (in_graph, in_dataset)[repeat % 2]
+
+
 # -- what must be gone afterwards ----------------------------------------------------------------
 
 
@@ -80,6 +86,11 @@ def tensorflow_is_warm():
     for workers in ("thread", "process"):
         in_graph(QueueRunner(once, 8, workers=workers, **SMALL))
         in_dataset(QueueRunner(once, 8, workers=workers, **SMALL))
+    # Each test collects garbage, to see what stays; TensorFlow's own million objects stay anyway.
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 @pytest.fixture(scope="module")
@@ -92,7 +103,7 @@ def real_stderr(request):
 
 
 @pytest.fixture(autouse=True)
-def leaves_nothing(request, real_stderr, nothing_left_running):
+def leaves_nothing(request, real_stderr, nothing_left_running, consume):
     """Nothing is left and the next run works; a hang ends the session with every stack shown."""
     faulthandler.dump_traceback_later(_HANGS_AFTER, exit=True, file=real_stderr)
     before_handler = signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -102,7 +113,7 @@ def leaves_nothing(request, real_stderr, nothing_left_running):
     signal.signal(signal.SIGINT, before_handler)
     _same_as(before)
     chosen = request.node.callspec.params
-    the_next_run_works(chosen.get("workers", "process"), chosen.get("consume", in_graph))
+    the_next_run_works(chosen.get("workers", "process"), consume)
     _same_as(before)
 
 
