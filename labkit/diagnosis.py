@@ -468,11 +468,14 @@ class _Model:
         stored: int = 2,
     ) -> tuple[float, float]:
         watch = _Watch(seconds, ready, stored)
+        self._walk(dataset, watch.enough)
+        return watch.result()
+
+    def _walk(self, dataset: tf.data.Dataset, enough: Callable[[], bool]) -> None:
         for batch in dataset:
             self.take(batch)
-            if watch.enough():
+            if enough():
                 break
-        return watch.result()
 
 
 class _KerasModel(_Model):
@@ -498,23 +501,15 @@ class _KerasModel(_Model):
 
         return keep()
 
-    def run(
-        self,
-        dataset: tf.data.Dataset,
-        seconds: float,
-        ready: Callable[[], bool] = lambda: True,
-        stored: int = 2,
-    ) -> tuple[float, float]:
-        watch = _Watch(seconds, ready, stored)
+    def _walk(self, dataset: tf.data.Dataset, enough: Callable[[], bool]) -> None:
         model = self.model
 
         class Stop(tf.keras.callbacks.Callback):
             def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
-                if watch.enough():
+                if enough():
                     model.stop_training = True
 
         model.fit(dataset, steps_per_epoch=1_000_000, verbose=0, shuffle=False, callbacks=[Stop()])
-        return watch.result()
 
 
 class _Watch:

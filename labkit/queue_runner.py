@@ -8,6 +8,7 @@ never waits for the step that is running.
 
 import atexit
 import contextlib
+import copy
 import signal
 import socket
 import threading
@@ -299,7 +300,9 @@ class QueueRunner:
     def raise_if_failed(self) -> None:
         """Raises the WorkerError of a failed worker; for loops without a `with` block."""
         if self.error is not None:
-            raise self.error
+            # A copy, since an exception keeps the frames that it passes through, and with them the
+            # caller's iterator over dataset(): this runner must not hold on to those.
+            raise copy.copy(self.error) from self.error.__cause__
 
     def stop(self) -> None:
         """Ends and joins every worker and the feeder, and closes the queue. May be called twice."""
@@ -348,8 +351,8 @@ class QueueRunner:
         self.stop()
         consequence = isinstance(error, (tf.errors.OutOfRangeError, tf.errors.CancelledError))
         consequence |= isinstance(error, tf.errors.OpError) and "WorkerError" in str(error)
-        if self.error is not None and (error is None or consequence):
-            raise self.error from self.error.__cause__
+        if error is None or consequence:
+            self.raise_if_failed()
 
     def _reset(self) -> None:
         """Back to the state before the first batch, so that a stopped runner can run again."""

@@ -19,6 +19,7 @@ from labkit.scaling import Scaler, _cgroup_cores, usable_cores
 from labkit.workloads import busy_python, sleep
 
 QUICK = {"seconds": 3.0, "progress": False}
+VERY_QUICK = {"seconds": 0.8, "progress": False}
 # By value: a worker process that imported this file would import TensorFlow with it.
 cloudpickle.register_pickle_by_value(sys.modules[__name__])
 
@@ -62,13 +63,13 @@ def test_a_generator_that_holds_the_lock_gets_processes():
 
 
 def test_where_the_model_is_the_bottleneck_it_says_that_nothing_is_to_be_had():
-    report = labkit.diagnose(light, 0.02, **QUICK)
+    report = labkit.diagnose(light, 0.02, **VERY_QUICK)
     assert report.verdict.startswith("Model-bound") and "none" in report.verdict
     assert report.speed_up < 1.2 and report.best.n == 1 and report.best.workers == "thread"
 
 
 def test_check_measures_the_recommendation_and_two_others():
-    report = labkit.diagnose(heavy(sleep(0.01)), 0.002, **QUICK)
+    report = labkit.diagnose(heavy(sleep(0.01)), 0.002, **VERY_QUICK)
     rows = report.check(0.5)
     assert rows[0] is report.best and len(rows) == 3
     assert {row.workers for row in rows} == {"thread", "process"}
@@ -85,7 +86,7 @@ def test_an_unpicklable_factory_still_gets_a_report_for_threads():
                 time.sleep(0.005)
             yield batch
 
-    report = labkit.diagnose(locked, 0.001, **QUICK)
+    report = labkit.diagnose(locked, 0.001, **VERY_QUICK)
     assert {row.workers for row in report.rows} == {"thread"}
     assert "Processes could not be tried" in report.verdict and "lock" in report.verdict
 
@@ -96,7 +97,7 @@ def test_a_small_finite_generator_is_started_again_and_again():
             time.sleep(0.002)
             yield np.zeros((8, 4), np.float32), np.zeros((8, 1), np.float32)
 
-    report = labkit.diagnose(three, 0.001, **QUICK)
+    report = labkit.diagnose(three, 0.001, **VERY_QUICK)
     assert all(row.predicted > 0 for row in report.rows)
 
 
@@ -110,7 +111,7 @@ def test_a_keras_model_keeps_its_weights_and_its_optimizers_state():
     data = rng.normal(size=(64, 4)), rng.normal(size=(64, 1))
     model.fit(*data, verbose=0)
     before = [v.numpy() for v in [*model.variables, *model.optimizer.variables]]
-    report = labkit.diagnose(heavy(sleep(0.005)), model, **QUICK)
+    report = labkit.diagnose(heavy(sleep(0.005)), model, **VERY_QUICK)
     report.check(0.3)
     after = [v.numpy() for v in [*model.variables, *model.optimizer.variables]]
     assert all(np.array_equal(a, b) for a, b in zip(before, after, strict=True))
@@ -128,7 +129,7 @@ def test_a_callable_step_gets_the_batch_in_its_own_form(takes):
     def apart(x, y):
         whole((x, y))
 
-    labkit.diagnose(light, whole if takes == "one batch" else apart, seconds=1.0, progress=False)
+    labkit.diagnose(light, whole if takes == "one batch" else apart, **VERY_QUICK)
     assert set(seen) == {((8, 4), (8, 1))}
 
 
