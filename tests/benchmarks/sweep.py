@@ -20,7 +20,7 @@ from labkit.quiet import tf
 from labkit.workloads import busy_python, distort, sleep
 from tests.benchmarks.common import median, spread, write
 
-SECONDS, ROUNDS = 2.5, 2
+SECONDS, ROUNDS = 2.0, 2
 
 
 def cnn(extra: float = 0.0) -> Callable[..., Any]:
