@@ -205,8 +205,8 @@ def diagnose(
         first, spec = _first_batch(iterator)
         size = batch_size or len(np.asarray(spec.flatten(first)[0]))
         runs = _Model.of(model)
-        # 4 runs of the generator, 2 of the model, and at most 7 settings of both, in rounds.
-        slot = seconds / (6 + 7 * _ROUNDS + _STARTS)
+        # 4 runs of the generator, 2 of the model, and up to 8 settings of both, in rounds.
+        slot = seconds / (6 + 8 * _ROUNDS + _STARTS)
         with runs.weights_kept():
             bar("model alone")
             repeated = _repeat(first, spec, size)
@@ -272,12 +272,12 @@ def _ceiling(n: int, need: Demands) -> float:
 
 def _to_try(kind: Kind, need: Demands) -> list[int]:
     """The settings that are worth running together with the model: the first and the last in which
-    workers only wait, and those in which they get into each other's way, up to twice as many as
-    the law finds useful: more bring no news."""
+    workers only wait, and those in which they get into each other's way, up to four times as many
+    as the law finds useful: more bring no news."""
     counts = _counts(kind, need)
     free = [n for n in counts if not _contended(n, need)]
     useful = next((n for n in counts if n / need.wall >= _ceiling(n, need)), counts[-1])
-    most = 2 * max(2, useful)
+    most = 4 * max(2, useful)
     return sorted({1, *free[-1:], *(n for n in counts if n not in free and n <= most)})
 
 
@@ -289,17 +289,13 @@ def _predict(kind: Kind, need: Demands, measured: dict[int, float], margin: floa
     free = [n for n in factors if n not in crowded]
     rows = []
     for n in law:
-        if n == 1 or not _contended(n, need):
-            factor = float(np.interp(np.log2(n), np.log2(free), [factors[k] for k in free]))
-        else:
-            # Among many workers one more or less changes little, so that all runs count for each.
-            line = np.polyfit(np.log2(crowded), [factors[k] for k in crowded], len(crowded) > 1)
-            factor = float(np.polyval(line, np.log2(min(n, crowded[-1]))))
+        known = crowded if n > 1 and _contended(n, need) else free
+        factor = float(np.interp(np.log2(n), np.log2(known), [factors[k] for k in known]))
         by = min(bounds(n, need), key=lambda name: bounds(n, need)[name])
         if by == "the generator" and n > 1 and factor < 0.85 * factors[1]:
             by = "Python's lock" if kind == "thread" else "the cores"
         rate = law[n] * factor
-        rows.append(Row(kind, n, rate, rate * (1 - margin), rate * (1 + margin), by))
+        rows.append(Row(kind, n, rate, rate * max(0.0, 1 - margin), rate * (1 + margin), by))
     return rows
 
 

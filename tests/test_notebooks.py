@@ -24,7 +24,7 @@ EPOCH_BATCHES, CHECKS, FEW = 8, 2, 64""",
 COMPUTE_STEPS, CASE_STEPS, ROUNDS = 20, 10, 1""",
     "05_threads_or_processes": "SECONDS, ROUNDS, COMPUTE_STEPS = 0.1, 1, 20",
     "06_when_things_break": "GOOD, PACE, GUARD, TIMEOUT = 5, 0.005, 0.8, 0.4",
-    "07_your_own_data": "FILES, EPOCHS, DIAGNOSE, CHECK = 96, 2, 2.0, 0.2",
+    "07_your_own_data": "FILES, EPOCHS, DIAGNOSE, CHECK = 96, 3, 2.0, 0.2",
 }
 STATE = """
 import gc, os, threading, psutil

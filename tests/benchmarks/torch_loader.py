@@ -15,7 +15,7 @@ import numpy as np
 from tests.benchmarks.common import median, write
 
 SHAPES = {"32x28x28x1": ((32, 28, 28, 1), 3000), "32x224x224x3": ((32, 224, 224, 3), 200)}
-ROUNDS = 5
+ROUNDS = 4
 
 
 class Source:
