@@ -81,7 +81,7 @@ class Scaler:
             # One full window may be a pause of the model: compiling, validating.
             if self.full_windows < 2:
                 return
-            needed = math.ceil(_SPARE * busy)
+            needed = max(1, math.ceil(_SPARE * busy))
             if needed < self.count * (0.7 if self.enough_seen else 1.0):
                 self._set(
                     needed,

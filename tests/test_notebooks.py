@@ -5,6 +5,7 @@ their first cell are made small, so a claim (an AssertionError) may fail; nothin
 """
 
 import ast
+import faulthandler
 import threading
 import time
 from pathlib import Path
@@ -13,6 +14,7 @@ import nbformat
 import pytest
 from jupyter_client.manager import start_new_kernel
 
+_HANGS_AFTER = 400.0
 NOTEBOOKS = Path(__file__).parents[1] / "notebooks"
 SMALL = {
     "01_feed_dict_baseline": "DELAY, EPOCHS, STEPS, TIMELINE, PROBES = 0.005, 2, 15, 10, 5",
@@ -24,7 +26,8 @@ EPOCH_BATCHES, CHECKS, FEW = 8, 2, 64""",
 COMPUTE_STEPS, CASE_STEPS, ROUNDS = 20, 10, 1""",
     "05_threads_or_processes": "SECONDS, ROUNDS, COMPUTE_STEPS = 0.1, 1, 20",
     "06_when_things_break": "GOOD, PACE, GUARD, TIMEOUT = 5, 0.005, 0.8, 0.4",
-    "07_your_own_data": "FILES, EPOCHS, DIAGNOSE, CHECK = 96, 3, 2.0, 0.2",
+    "07_your_own_data": """FILES, EPOCHS, LATENCY = 384, 3, 0.005
+DIAGNOSE, CHECK, AUTO = 0.5, 0.1, 1""",
 }
 STATE = """
 import gc, os, threading, psutil
@@ -75,7 +78,8 @@ class Kernel:
 
 
 @pytest.fixture
-def kernel(tmp_path):
+def kernel(tmp_path, nothing_left_running):
+    faulthandler.dump_traceback_later(_HANGS_AFTER, exit=True)  # three times Run All takes longer
     running = Kernel(tmp_path)
     yield running
     running.close()
@@ -106,7 +110,8 @@ def test_run_all_again_and_after_an_interrupt(name, kernel, tmp_path):
     took, _ = run_all()
     longest = max(range(1, len(cells)), key=took.__getitem__)
     result = kernel.run(cells[longest], interrupt_after=took[longest] / 2)
-    assert result["error"] in ("KeyboardInterrupt", None), result["text"]
+    # TensorFlow wraps an interrupt that comes together with an error of its own.
+    assert result["error"] is None or "KeyboardInterrupt" in result["text"], result["text"]
     threads, children, _ = kernel.state()
     assert not threads and not children
     _, before = run_all()
