@@ -42,6 +42,7 @@ from labkit.workers import (
 _v1 = tf.compat.v1
 _TICK = 0.1
 _SMALL_BYTES, _TOGETHER = 1 << 20, 8
+_GROUPS = (32, 8, 1)
 _POOLS: dict[str, type[Pool]] = {"thread": ThreadPool, "process": ProcessPool}
 _RUNNING: "weakref.WeakSet[QueueRunner]" = weakref.WeakSet()
 
@@ -166,6 +167,9 @@ class QueueRunner:
     def get_inputs(self) -> Any:
         """Builds the queue in the default graph and returns the batch that it yields.
 
+        The workers begin to produce here, so that they have batches ready by the time that the
+        rest of the graph is built; with a given `spec`, not before `start`.
+
         Returns:
             Tensors in the iterator's structure, each `[batch, ...]`; the batch axis is
             `batch_size`, and smaller only for the last batch of a finite iterator.
@@ -186,6 +190,8 @@ class QueueRunner:
             )
         spec = self._ready_spec()
         try:
+            if self._given_spec is None:
+                self._start_workers()
             self._queue = _GraphQueue(self, spec)
             return self._queue.inputs(spec)
         except BaseException:
@@ -193,13 +199,13 @@ class QueueRunner:
             raise
 
     def start(self, sess: "tf.compat.v1.Session", n_threads: int | None = None) -> "QueueRunner":
-        """Starts the workers and returns the runner, for use as `with runner.start(sess):`.
+        """Begins to feed the queue and returns the runner, for use as `with runner.start(sess):`.
 
         Leaving the `with` block stops everything, and raises the worker's error if there was one.
 
         Args:
             sess: a session of the graph in which `get_inputs` was called.
-            n_threads: workers to start, in place of the constructor's `n_workers`.
+            n_threads: how many workers, in place of the constructor's `n_workers`.
         """
         if not isinstance(self._queue, _GraphQueue):
             raise RuntimeError(
@@ -323,13 +329,18 @@ class QueueRunner:
             self._stopping.set()  # whoever has the lock may have begun anew just now
         try:
             self._stopping.set()
-            if self._queue is not None and self._feeder is not None:
+            queue = None if self._feeder is None else self._queue
+            if queue is not None:
                 with contextlib.suppress(tf.errors.OpError, RuntimeError):
-                    self._queue.close(cancel=True)
+                    queue.close(cancel=True)
             if self._pool is not None:
                 self._pool.wake()
             # The feeder goes first: it must not meet a pool that is half gone.
             self._join_feeder()
+            if queue is not None:
+                # Large samples lie in the workers' memory, which could not be given back.
+                with contextlib.suppress(tf.errors.OpError, RuntimeError):
+                    queue.drain()
             left = self._pool.stop() if self._pool else []
             self._pool, self._first = None, []
             self._abandoned.detach()
@@ -404,6 +415,7 @@ class QueueRunner:
         factory = IteratorFactory(self.iterator, count)
         with interrupts_held_back():
             self._pool = _POOLS[self.workers](factory, self._given_spec)
+            self._pool.kept = self.capacity + 2 * self.batch_size
             # An interrupt between get_inputs and start leaves no one to call stop.
             self._abandoned = weakref.finalize(self, self._pool.stop)
         self._lost, self._scaler, self.delivering = set(), None, set()
@@ -413,8 +425,8 @@ class QueueRunner:
         self.n_workers = count
         if self._pool is None:
             return
-        if self._pool.factory.shards:
-            # The first batch came from another partition of the data: begin again with this one.
+        if self._pool.factory.shards or self._pool.active > count:
+            # What has begun is another partition of the data, or more: begin again with this one.
             spec = self._pool.spec
             self._pool.stop()
             self._abandoned.detach()
@@ -444,15 +456,18 @@ class QueueRunner:
                 self._new_pool()
             self.error, self.samples = None, 0
             assert self._pool is not None and self._queue is not None
-            if self.n_workers != "auto":
-                # Here, not in the feeder: threads start twice as fast while the caller waits than
-                # while its first step is being prepared.
-                self._pool.set_active(self._pool.n_workers)
+            self._start_workers()
             self._feeder = threading.Thread(
                 target=self._feed, args=(self._pool, self._queue), name="labkit feeder", daemon=True
             )
             _RUNNING.add(self)
             self._feeder.start()
+
+    def _start_workers(self) -> None:
+        # By the caller, not the feeder: threads start twice as fast while the caller waits than
+        # while its first step is being prepared.
+        if self._pool is not None and self.n_workers != "auto":
+            self._pool.set_active(self._pool.n_workers)
 
     def _join_feeder(self) -> None:
         feeder, self._feeder = self._feeder, None
@@ -596,11 +611,21 @@ class _GraphQueue:
                 for kind, shape in zip(types, shapes, strict=True)
             ]
             self._enqueue_op = self.queue.enqueue_many(self.placeholders)
+            # Large samples are queued one by one, as they lie, where enqueue_many copies them while
+            # dequeues have to wait. In groups, since every call waits for the op that is running.
+            feeds, singles = [], []
+            for _ in range(_GROUPS[0] if spec.large else 0):
+                sample = [_v1.placeholder(k, s) for k, s in zip(types, shapes, strict=True)]
+                feeds += sample
+                singles.append(self.queue.enqueue(sample))
+            self._groups = [
+                (size, tf.group(singles[:size]), feeds[: size * len(types)])
+                for size in (_GROUPS if spec.large else ())
+            ]
             self._close_op = self.queue.close()
             self._cancel_op = self.queue.close(cancel_pending_enqueues=True)
             self._size_op = self.queue.size()
-            drained = self.queue.dequeue_up_to(runner.capacity)
-            self._drain_op = tf.group(drained)
+            self._drain_op = tf.group(self.queue.dequeue_up_to(self.batch_size))
 
     def inputs(self, spec: Spec) -> Any:
         parts = self.queue.dequeue_up_to(self.batch_size)
@@ -608,10 +633,20 @@ class _GraphQueue:
 
     def attach(self, sess: "tf.compat.v1.Session") -> None:
         self.sess = sess
-        self.enqueue_call = sess.make_callable(self._enqueue_op, self.placeholders)
+        self._enqueue_call = sess.make_callable(self._enqueue_op, self.placeholders)
+        self._group_calls = [
+            (size, sess.make_callable(group, feeds)) for size, group, feeds in self._groups
+        ]
 
-    def enqueue(self, arrays: list[np.ndarray]) -> None:
-        self.enqueue_call(*arrays)
+    def enqueue(self, arrays: list[Any]) -> None:
+        if isinstance(arrays[0], np.ndarray):
+            self._enqueue_call(*arrays)
+            return
+        samples = list(zip(*arrays, strict=True))
+        for size, call in self._group_calls:
+            while len(samples) >= size:
+                call(*(part for sample in samples[:size] for part in sample))
+                del samples[:size]
 
     def close(self, cancel: bool) -> None:
         self.sess.run(self._cancel_op if cancel else self._close_op)
@@ -620,7 +655,8 @@ class _GraphQueue:
         return int(self.sess.run(self._size_op))
 
     def drain(self) -> None:
-        self.sess.run(self._drain_op)
+        while self.size():
+            self.sess.run(self._drain_op)
 
 
 class _EagerQueue:
@@ -628,7 +664,7 @@ class _EagerQueue:
 
     def __init__(self, runner: QueueRunner, spec: Spec) -> None:
         self.finished = False
-        self.capacity = runner.capacity
+        self.batch_size = runner.batch_size
         with tf.device("/CPU:0"):
             self.queue = tf.queue.RandomShuffleQueue(
                 runner.capacity,
@@ -638,9 +674,13 @@ class _EagerQueue:
                 seed=runner.seed,
             )
 
-    def enqueue(self, arrays: list[np.ndarray]) -> None:
+    def enqueue(self, arrays: list[Any]) -> None:
         with tf.device("/CPU:0"):
-            self.queue.enqueue_many(arrays)
+            if isinstance(arrays[0], np.ndarray):
+                self.queue.enqueue_many(arrays)
+                return
+            for sample in zip(*arrays, strict=True):
+                tf.raw_ops.QueueEnqueueV2(handle=self.queue.queue_ref, components=sample)
 
     def close(self, cancel: bool) -> None:
         self.queue.close(cancel_pending_enqueues=cancel)
@@ -649,7 +689,9 @@ class _EagerQueue:
         return int(self.queue.size())
 
     def drain(self) -> None:
-        self.queue.dequeue_up_to(self.capacity)
+        with tf.device("/CPU:0"):
+            while self.size():
+                self.queue.dequeue_up_to(self.batch_size)
 
 
 class _InterruptWatch:
@@ -710,7 +752,7 @@ class _InterruptWatch:
 def _ready_together(first: Chunk, waiting: list[Message], pool: Pool) -> list[Chunk]:
     """`first`, and what else is ready now if chunks are small: one enqueue then serves several."""
     chunks = [first]
-    small = sum(array.nbytes for array in first.arrays) < _SMALL_BYTES
+    small = sum(getattr(array, "nbytes", _SMALL_BYTES) for array in first.arrays) < _SMALL_BYTES
     while small and len(chunks) < _TOGETHER:
         message = waiting.pop(0) if waiting else pool.get(0)
         if not isinstance(message, Chunk):

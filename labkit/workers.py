@@ -28,6 +28,7 @@ import threading
 import time
 import traceback
 import types
+import weakref
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
@@ -38,8 +39,9 @@ import numpy as np
 Arrays = list[np.ndarray]
 _THREAD_PLACES = 2
 _RING_BYTES = 8 << 20
-_NEXT_EPOCH = 255
-_CHUNK = struct.Struct("<cBQd")  # b"C", place, rows, seconds
+_LARGE_SAMPLE, _LENT_BYTES = 1 << 18, 1 << 29
+_PLACE, _NEXT_EPOCH = np.dtype("<u2"), (1 << 16) - 1
+_CHUNK = struct.Struct("<cQd")  # b"C", rows, seconds; the places follow
 _OUT_OF_BAND = 1 << 16
 
 
@@ -100,6 +102,11 @@ class Spec:
     @property
     def bytes_per_sample(self) -> int:
         return sum(c.dtype.itemsize * int(np.prod(c.shape)) for c in self.components)
+
+    @property
+    def large(self) -> bool:
+        """Whether samples are so large that copying them is what costs."""
+        return self.bytes_per_sample >= _LARGE_SAMPLE
 
     def flatten(self, batch: Any) -> Arrays:
         """The batch's arrays in order. Raises BatchError where they do not fit this spec."""
@@ -189,11 +196,12 @@ def _check(want: Component, got: Any) -> np.ndarray:
 class Chunk:
     """Arrays that a worker delivered; give the place back with `pool.release(chunk)`.
 
-    `seconds` is the time that the iterator took for them.
+    `arrays` has one array per component, `[rows, ...]`; or, of large samples from a process, one
+    list of arrays, a sample each, which may be kept. `seconds` is the time that the iterator took.
     """
 
     worker: int
-    arrays: Arrays
+    arrays: list[Any]
     seconds: float
     place: int = 0
 
@@ -290,6 +298,7 @@ class Pool:
     def __init__(self, factory: IteratorFactory, spec: Spec | None = None) -> None:
         self.factory, self.spec = factory, spec
         self.n_workers = factory.n_workers
+        self.kept = 0  # samples that whoever takes the chunks will hold at a time
         self.active = 0
         self._states: list[_Place] = []
         self._woken_up = False
@@ -513,7 +522,9 @@ class ProcessPool(Pool):
         self._received: collections.deque[Message] = collections.deque()
 
     def _start(self, worker: int) -> None:
-        process = _Process(worker, self._code, self._buffers, self._sizes, self.spec)
+        # A quarter more, since a shuffling queue does not hold the same number of each worker's.
+        kept = -(-5 * self.kept // (4 * self.n_workers))
+        process = _Process(worker, self._code, self._buffers, self._sizes, self.spec, kept)
         self._workers.append(process)
         self._selector.register(process.connection, selectors.EVENT_READ, process)
 
@@ -545,13 +556,13 @@ class ProcessPool(Pool):
         return message
 
     def _free(self, worker: int, place: int) -> None:
-        self._workers[worker].send(bytes([place]))
+        self._workers[worker].free(place)
 
     def _go(self, worker: int) -> None:
-        self._workers[worker].send(bytes([_NEXT_EPOCH]))
+        self._workers[worker].send(_words([_NEXT_EPOCH]))
 
     def _places(self, worker: int) -> int:
-        return self._workers[worker].places
+        return self._workers[worker].chunks
 
     def where(self, worker: int) -> str:
         return self._workers[worker].where()
@@ -681,55 +692,79 @@ def reserve_shared(descriptor: int, nbytes: int, purpose: str) -> None:
         raise MemoryError(
             f"QueueRunner: expected {nbytes / 1e6:.1f} MB of shared memory for {purpose}, "
             f"{free / 1e6:.1f} MB are free ({error.strerror}). Enlarge it (docker run "
-            "--shm-size), deliver smaller chunks, use fewer workers, or use workers='thread'."
+            "--shm-size), lower capacity, deliver smaller chunks, use fewer workers, or use "
+            "workers='thread'."
         ) from error
 
 
 @dataclass(frozen=True)
 class _Layout:
-    """Where each component of a chunk lies in a place of the ring; places of equal size."""
+    """Where each component of a chunk lies in a place of the ring; places of equal size.
+
+    Large samples have a place each, and a queue may keep them where they lie: see `_Process`.
+    """
 
     rows: int
     places: int
+    granted: int  # places that the worker has at the start; it gets as many back as it fills
+    lent: int
     place_bytes: int
     offsets: tuple[int, ...]
 
     @classmethod
-    def of(cls, spec: Spec, rows: int) -> "_Layout":
+    def of(cls, spec: Spec, rows: int, kept: int) -> "_Layout":
         end, offsets = 0, []
         for component in spec.components:
             offsets.append(end)
-            size = rows * component.dtype.itemsize * int(np.prod(component.shape))
+            size = component.dtype.itemsize * int(np.prod(component.shape))
+            size *= 1 if spec.large else rows
             end += -(-size // 64) * 64  # TensorFlow takes 64-byte-aligned arrays without a copy
+        if spec.large:
+            granted = 2 * rows
+            lent = min(kept, _LENT_BYTES // end, _NEXT_EPOCH - 2 * granted)
+            return cls(1, max(lent, 0) + 2 * granted, granted, lent, end, tuple(offsets))
         places = int(np.clip(_RING_BYTES // max(end, 1), 3, 16))
-        return cls(rows, places, end, tuple(offsets))
+        return cls(rows, places, places, 0, end, tuple(offsets))
+
+    @property
+    def by_sample(self) -> bool:
+        return self.places > self.granted
 
     @property
     def nbytes(self) -> int:
-        return self.places * self.place_bytes
+        return max(self.places * self.place_bytes, 1)
 
     def views(self, ring: mmap.mmap, spec: Spec, place: int) -> Arrays:
-        """The arrays of one place, `rows` long, as views of the ring."""
+        """The arrays of one place, `rows` long, as views of the ring; all have one base."""
+        block = np.ndarray((self.place_bytes,), np.uint8, ring, place * self.place_bytes)
         return [
-            np.ndarray(
-                (self.rows, *component.shape),
-                component.dtype,
-                ring,
-                place * self.place_bytes + offset,
-            )
+            np.ndarray((self.rows, *component.shape), component.dtype, block, offset)
             for component, offset in zip(spec.components, self.offsets, strict=True)
         ]
 
 
+def _words(numbers: list[int]) -> bytes:
+    return np.array(numbers, _PLACE).tobytes()
+
+
 class _Process:
-    """The parent's side of one worker process."""
+    """The parent's side of one worker process.
+
+    Large samples are lent: a place is free again once the last array that lies in it is gone, so
+    that a queue holds them without copying. Of more than `layout.lent` at a time, copies are made,
+    so that a worker never waits for a place that only its own further work would free.
+    """
 
     def __init__(
-        self, index: int, code: bytes, buffers: int, sizes: list[int], spec: Spec | None
+        self, index: int, code: bytes, buffers: int, sizes: list[int], spec: Spec | None, kept: int
     ) -> None:
-        self.index, self.spec = index, spec
-        self.places = 1
+        self.index, self.spec, self.kept = index, spec, kept
+        self.chunks = 1  # that the worker can have under way
+        self._layout: _Layout | None = None
+        self._ring: mmap.mmap | None = None
         self._views: list[Arrays] = []
+        self._lent: dict[int, weakref.ref[np.ndarray]] = {}
+        self._spare: collections.deque[int] = collections.deque()
         self._lock = threading.Lock()
         ours, theirs = socket.socketpair()
         self.ring = shared_memory(0, "")
@@ -766,11 +801,15 @@ class _Process:
     def read(self) -> Message | Spec | None:
         data = self.connection.recv_bytes()
         if data[:1] == b"C":
-            _, place, rows, seconds = _CHUNK.unpack(data)
-            views = self._views[place]
+            _, rows, seconds = _CHUNK.unpack_from(data)
+            places = np.frombuffer(data, _PLACE, offset=_CHUNK.size).tolist()
+            if not self._views:
+                samples = [self._sample(place) for place in places]
+                return Chunk(self.index, list(zip(*samples, strict=True)), seconds, len(places))
+            views = self._views[places[0]]
             whole = rows == len(views[0])
             arrays = views if whole else [view[:rows] for view in views]
-            return Chunk(self.index, arrays, seconds, place)
+            return Chunk(self.index, arrays, seconds, places[0])
         kind, content = pickle.loads(data)
         if kind == "first":
             self.spec, rows = content
@@ -787,12 +826,39 @@ class _Process:
         assert self.spec is not None
         layout = None
         if not any(component.is_text for component in self.spec.components):
-            layout = _Layout.of(self.spec, max(rows, 1))
-            reserve_shared(self.ring, max(layout.nbytes, 1), f"worker {self.index}'s ring")
-            memory = mmap.mmap(self.ring, max(layout.nbytes, 1))
-            self._views = [layout.views(memory, self.spec, place) for place in range(layout.places)]
-            self.places = layout.places
+            layout = _Layout.of(self.spec, max(rows, 1), self.kept)
+            reserve_shared(self.ring, layout.nbytes, f"worker {self.index}'s ring")
+            self._ring, self._layout = mmap.mmap(self.ring, layout.nbytes), layout
+            every = range(layout.places)
+            if layout.by_sample:
+                self.chunks = 2
+                self._spare.extend(every[layout.granted :])
+            else:
+                self.chunks = layout.places
+                self._views = [layout.views(self._ring, self.spec, place) for place in every]
         self.send(pickle.dumps(layout))
+
+    def _sample(self, place: int) -> Arrays:
+        """The arrays of one large sample, without a batch axis: views of its place, or copies."""
+        assert self._layout is not None and self._ring is not None and self.spec is not None
+        views = self._layout.views(self._ring, self.spec, place)
+        arrays = [view.reshape(view.shape[1:]) for view in views]
+        if len(self._lent) < self._layout.lent:
+
+            def take_back(_: Any) -> None:
+                del self._lent[place]
+                self._spare.append(place)
+
+            self._lent[place] = weakref.ref(_base(arrays[0]), take_back)
+            return arrays
+        self._spare.append(place)
+        return [_aligned_copy(array) for array in arrays]
+
+    def free(self, place: int) -> None:
+        """Lets the worker fill a place again; of large samples, `place` is how many."""
+        by_sample = self._layout is not None and self._layout.by_sample
+        places = [self._spare.popleft() for _ in range(place)] if by_sample else [place]
+        self.send(_words(places))
 
     def ending(self) -> str:
         """How the process ended, in words."""
@@ -823,9 +889,23 @@ class _Process:
         except subprocess.TimeoutExpired:
             self.process.kill()
             self.process.wait()
-        self._views = []
+        self._views, self._ring = [], None
         os.close(self.ring)
         os.close(self.trace)
+
+
+def _base(array: np.ndarray) -> np.ndarray:
+    while isinstance(array.base, np.ndarray):
+        array = array.base
+    return array
+
+
+def _aligned_copy(array: np.ndarray) -> np.ndarray:
+    memory = np.empty(array.nbytes + 64, np.uint8)
+    start = -memory.ctypes.data % 64
+    copy = memory[start : start + array.nbytes].view(array.dtype).reshape(array.shape)
+    copy[...] = array
+    return copy
 
 
 def worker_main(connection_fd: int, ring: int, trace: int, buffers: int) -> None:
@@ -913,14 +993,20 @@ class _Child:
             self.tell("chunk", (arrays, seconds))
             self.free.pop()
             return
-        for start in range(0, rows, self.layout.rows):
+        start = 0
+        while start < rows:
             while not self.free:
                 self.listen()
-            place = self.free.pop()
-            count = min(self.layout.rows, rows - start)
-            for view, array in zip(self.views[place], arrays, strict=True):
-                view[:count] = array[start : start + count]
-            self.say(_CHUNK.pack(b"C", place, count, seconds * count / rows))
+            wanted = rows - start if self.layout.by_sample else 1
+            places, self.free = self.free[:wanted], self.free[wanted:]
+            begin = start
+            for place in places:
+                end = min(start + self.layout.rows, rows)
+                for view, array in zip(self.views[place], arrays, strict=True):
+                    view[: end - start] = array[start:end]
+                start = end
+            share = seconds * (start - begin) / rows
+            self.say(_CHUNK.pack(b"C", start - begin, share) + _words(places))
 
     def lay_out(self, spec: Spec, rows: int) -> None:
         self.tell("first", (spec, rows))
@@ -928,16 +1014,17 @@ class _Child:
         self.laid_out = True
         self.free = [0]
         if self.layout is not None:
-            memory = mmap.mmap(self.ring, max(self.layout.nbytes, 1))
-            self.free = list(range(self.layout.places))
-            self.views = [self.layout.views(memory, spec, place) for place in self.free]
+            memory = mmap.mmap(self.ring, self.layout.nbytes)
+            self.free = list(range(self.layout.granted))
+            every = range(self.layout.places)
+            self.views = [self.layout.views(memory, spec, place) for place in every]
 
     def listen(self) -> None:
-        word = self.hear()[0]
-        if word == _NEXT_EPOCH:
+        words = np.frombuffer(self.hear(), _PLACE).tolist()
+        if words == [_NEXT_EPOCH]:
             self.epochs += 1
         else:
-            self.free.append(word)
+            self.free += words
 
 
 def _private_views(descriptor: int, sizes: list[int]) -> list[memoryview]:

@@ -11,6 +11,7 @@ import contextlib
 import errno
 import faulthandler
 import gc
+import itertools
 import os
 import random
 import re
@@ -360,6 +361,24 @@ def test_the_consumer_leaves_early(workers, consume, state, repeat):
     runner = QueueRunner(endless, 8, 2, workers, **SMALL)
     assert len(consume(runner, steps=random.randint(1, 3))) > 0
     runner.stop()
+
+
+@pytest.mark.parametrize("fault", ["the consumer leaves", "exception", "killed"])
+def test_large_samples_leave_no_shared_memory(consume, fault, repeat):
+    """The queue holds them where the workers put them; also that must be given back."""
+
+    def wide(worker):
+        for number in itertools.count():
+            if worker == 1 and number == 20 and fault == "exception":
+                raise LookupError("no more")
+            if worker == 1 and number == 20 and fault == "killed":
+                os.kill(os.getpid(), signal.SIGKILL)
+            yield (np.zeros((8, 100_000), np.float32),)
+
+    runner = QueueRunner(wide, 8, 2, "process", **SMALL)
+    steps = 30 if fault == "the consumer leaves" else None
+    with contextlib.nullcontext() if steps else pytest.raises(WorkerError, match="worker 1"):
+        consume(runner, steps=steps)
 
 
 def test_the_consumers_own_error_passes_through(workers, consume, repeat):

@@ -1,5 +1,6 @@
 """Processes as workers: any factory, light interpreters, shared memory."""
 
+import itertools
 import os
 import re
 import subprocess
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 
 from labkit import MnistDataGenerator, QueueRunner
+from labkit import workers as pools
 from labkit.workloads import busy_python
 from tests.consumers import in_dataset
 
@@ -149,11 +151,10 @@ def test_workers_share_the_data_sets_memory():
         status = Path("/proc/self/status").read_text()
         yield (np.full(4, 1024 * int(re.search(r"RssAnon:\s+(\d+) kB", status)[1])),)
 
-    got = in_dataset(QueueRunner(reader, 4, 2, "process", **SMALL))
-    own = [int(batch[0][0]) for batch in got if batch[0][0] != data.nbytes]
-    sums = [int(batch[0][0]) for batch in got if batch[0][0] == data.nbytes]
-    assert len(sums) == 6
-    assert len(own) == 2 and max(own) < data.nbytes / 2
+    got = values(in_dataset(QueueRunner(reader, 4, 2, "process", **SMALL)))
+    own = [number for number in got if number != data.nbytes]
+    assert len(got) == 2 * 4 * 4 and len(own) == 2 * 4
+    assert max(own) < data.nbytes / 2
 
 
 def test_a_worker_may_write_into_its_data_and_changes_only_its_own():
@@ -185,3 +186,41 @@ def test_text_and_dicts_travel():
     (batch,) = in_dataset(QueueRunner(words, 3, 1, "process", **SMALL))
     found = {word.decode(): int(n) for word, n in zip(batch["word"], batch["length"], strict=True)}
     assert found == {"a": 1, "bb": 2, "ccc": 3}
+
+
+@pytest.mark.parametrize("lent", ["all", "few", "none"])
+@pytest.mark.parametrize("workers", [1, 2])
+def test_large_samples_arrive_once_and_whole(consume, monkeypatch, workers, lent):
+    """They stay in shared memory until they are dequeued; none may be overwritten before."""
+    sample = (4, 128, 128)
+    size = 4 * int(np.prod(sample)) + 64
+    monkeypatch.setattr(pools, "_LENT_BYTES", {"all": 1 << 29, "few": 9 * size, "none": 0}[lent])
+
+    def uneven(worker, n_workers):
+        total = 0
+        for rows in (10, 3, 1, 45, 8, 33, *[10] * 10):
+            numbers = np.arange(total, total + rows) * n_workers + worker
+            total += rows
+            yield numbers, np.ones((rows, *sample), np.float32) * numbers[:, None, None, None]
+
+    got = consume(QueueRunner(uneven, 7, workers, "process", capacity=64, min_after_dequeue=20))
+    assert values(got) == list(range(200 * workers))
+    for numbers, images in got:
+        flat = images.reshape(len(numbers), -1)
+        assert (flat.min(axis=1) == numbers).all() and (flat.max(axis=1) == numbers).all()
+
+
+def test_large_samples_kept_by_the_consumer_stay_as_they_are():
+    """A consumer that stops taking batches leaves the places with the queue, and nothing hangs."""
+
+    def endless():
+        for number in itertools.count():
+            yield (np.full((4, 128, 512), number, np.float32),)
+
+    with QueueRunner(endless, 4, 2, "process", capacity=32, min_after_dequeue=4) as runner:
+        batches = iter(runner.dataset())
+        kept = [next(batches)[0] for _ in range(30)]
+        before = [batch.numpy().copy() for batch in kept]
+        for _ in range(60):
+            next(batches)
+        assert all((batch.numpy() == copy).all() for batch, copy in zip(kept, before, strict=True))

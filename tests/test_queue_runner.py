@@ -115,11 +115,33 @@ def test_start_with_another_count_shares_the_data_out_anew(numbered, index_of, b
         workers.add((worker, n_workers))
         return data.epoch_iterator(worker, n_workers)
 
-    # Neither the constructor's partition nor its first batch may be left over.
+    # Nothing of the constructor's partition, which begins in get_inputs, may be left over.
     batches = in_graph(QueueRunner(factory, 32, built_for, **SMALL), n_threads=started)
     assert sorted(i for images, _ in batches for i in index_of(images)) == list(range(500))
-    assert workers - {(0, built_for)} <= {(worker, started) for worker in range(started)}
-    assert len(workers - {(0, built_for)}) == started
+    assert {worker for worker, count in workers if count == started} == set(range(started))
+    assert {count for _, count in workers} == {built_for, started}
+
+
+def test_workers_begin_while_the_graph_is_being_built():
+    begun = [threading.Event() for _ in range(3)]
+
+    def factory(worker):
+        begun[worker].set()
+        yield from endless(0.01)()
+
+    with tf.Graph().as_default(), QueueRunner(factory, 8, 3, **SMALL) as runner:
+        runner.get_inputs()
+        assert all(event.wait(2) for event in begun)
+
+
+def test_start_with_fewer_workers_delivers_nothing_of_the_others():
+    def factory(worker):
+        for _ in range(5):
+            yield (np.full(4, worker),)
+
+    batches = in_graph(QueueRunner(factory, 4, 3, **SMALL), n_threads=1)
+    assert sum(len(batch[0]) for batch in batches) == 20
+    assert not any(batch[0].any() for batch in batches)
 
 
 def test_start_with_another_count_runs_that_many_endless_workers():
