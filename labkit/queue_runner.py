@@ -612,7 +612,7 @@ class _GraphQueue:
             ]
             self._enqueue_op = self.queue.enqueue_many(self.placeholders)
             # Large samples are queued one by one, as they lie, where enqueue_many copies them while
-            # dequeues have to wait. In groups, since every call waits for the op that is running.
+            # dequeues have to wait. In groups, since a call costs more than an op.
             feeds, singles = [], []
             for _ in range(_GROUPS[0] if spec.large else 0):
                 sample = [_v1.placeholder(k, s) for k, s in zip(types, shapes, strict=True)]
@@ -633,9 +633,9 @@ class _GraphQueue:
 
     def attach(self, sess: "tf.compat.v1.Session") -> None:
         self.sess = sess
-        self._enqueue_call = sess.make_callable(self._enqueue_op, self.placeholders)
+        self._enqueue_call = _in_callers_thread(sess, self._enqueue_op, self.placeholders)
         self._group_calls = [
-            (size, sess.make_callable(group, feeds)) for size, group, feeds in self._groups
+            (size, _in_callers_thread(sess, group, feeds)) for size, group, feeds in self._groups
         ]
 
     def enqueue(self, arrays: list[Any]) -> None:
@@ -657,6 +657,21 @@ class _GraphQueue:
     def drain(self) -> None:
         while self.size():
             self.sess.run(self._drain_op)
+
+
+def _in_callers_thread(
+    sess: "tf.compat.v1.Session", op: tf.Operation, feeds: list[tf.Tensor]
+) -> Callable[..., Any]:
+    """A function that runs `op` in the thread that calls it, with an array for each of `feeds`.
+
+    In a session's own pool, often of one thread, it would wait for whatever the step runs there.
+    """
+    from tensorflow.core.protobuf.config_pb2 import CallableOptions
+
+    options = CallableOptions(target=[op.name], feed=[feed.name for feed in feeds])
+    options.run_options.inter_op_thread_pool = -1
+    # make_callable takes no such options, and run() takes longer than the enqueue itself.
+    return sess._make_callable_from_options(options)
 
 
 class _EagerQueue:

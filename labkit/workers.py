@@ -857,7 +857,7 @@ class _Process:
     def free(self, place: int) -> None:
         """Lets the worker fill a place again; of large samples, `place` is how many."""
         by_sample = self._layout is not None and self._layout.by_sample
-        places = [self._spare.popleft() for _ in range(place)] if by_sample else [place]
+        places = [self._spare.pop() for _ in range(place)] if by_sample else [place]
         self.send(_words(places))
 
     def ending(self) -> str:

@@ -31,6 +31,7 @@ class Steps:
         workers: str = "thread",
         pools: tuple[int, int] = (1, 1),
         min_after: int = 1000,
+        spec: Any = None,
     ):
         self.stack = ExitStack()
         graph = tf.Graph()
@@ -42,7 +43,14 @@ class Steps:
             runner = None
             if pipeline == "queue":
                 assert factory is not None
-                runner = QueueRunner(factory, 32, n, workers, min_after_dequeue=min_after)  # type: ignore[arg-type]
+                runner = QueueRunner(
+                    factory,
+                    32,
+                    n,
+                    workers,
+                    min_after_dequeue=min_after,
+                    spec=spec,  # type: ignore[arg-type]
+                )
                 images, labels = runner.get_inputs()
             elif pipeline == "constant":
                 batch = next(MnistDataGenerator(32).train_iterator())

@@ -1,7 +1,9 @@
 """Are the predictions true, and the advice good? `python -m tests.benchmarks.sweep [case ...]`.
 
-For each generator: `diagnose`, then every setting of its table is run for some seconds, and shown
-beside its prediction, misses included. Then `n_workers="auto"` beside the best fixed setting.
+For each generator, in rounds: `diagnose`, then every setting of its table is run for some seconds.
+The ratios of measured to predicted are taken within a round, since the machine drifts from one to
+the next; shown is their median, misses included. Then `n_workers="auto"` in turn with the fixed
+setting that a round of their own found best.
 """
 
 import argparse
@@ -20,7 +22,7 @@ from labkit.quiet import tf
 from labkit.workloads import busy_python, distort, sleep
 from tests.benchmarks.common import median, spread, write
 
-SECONDS, ROUNDS = 2.0, 2
+SECONDS, ROUNDS, AUTO_ROUNDS = 2.0, 2, 3
 
 
 def cnn(extra: float = 0.0) -> Callable[..., Any]:
@@ -75,43 +77,41 @@ def alone(step: Callable[..., Any]) -> float:
 
 
 def one_case(work: Any, extra: float) -> dict[str, Any]:
-    step = cnn(extra)
-    computes = [alone(step)]
-    report = labkit.diagnose(MnistDataGenerator(32, work).passes_iterator, step, progress=False)
-    rates: dict[int, list[float]] = {index: [] for index in range(len(report.rows))}
+    step, factory = cnn(extra), MnistDataGenerator(32, work).passes_iterator
+    computes, reports, measured = [alone(step)], [], []
     for _ in range(ROUNDS):
+        reports.append(labkit.diagnose(factory, step, progress=False))
         computes.append(alone(step))
-        for index, row in enumerate(report.rows):
-            rates[index].append(report._measure(row, SECONDS))
-    computes.append(alone(step))
-    rows = []
-    for index, row in enumerate(report.rows):
-        measured = median(rates[index])
-        rows.append(
-            {
-                "workers": row.workers,
-                "n": row.n,
-                "predicted": row.predicted,
-                "measured": measured,
-                "measured/predicted": measured / row.predicted,
-                "recommended": row is report.best,
-            }
-        )
-    best = max(row["measured"] for row in rows)
-    chosen = next(row for row in rows if row["recommended"])
+        measured.append([reports[-1]._measure(row, SECONDS) for row in reports[-1].rows])
+        computes.append(alone(step))
+    rates = [median(list(values)) for values in zip(*measured, strict=True)]
+    rows = [
+        {
+            "workers": row.workers,
+            "n": row.n,
+            "predicted": [report.rows[index].predicted for report in reports],
+            "measured": [values[index] for values in measured],
+            "measured/predicted": median(
+                [v[index] / r.rows[index].predicted for r, v in zip(reports, measured, strict=True)]
+            ),
+            "recommended": sum(report.best is report.rows[index] for report in reports),
+        }
+        for index, row in enumerate(reports[0].rows)
+    ]
+    chosen = [report.rows.index(report.best) for report in reports]
     return {
-        "verdict": report.verdict,
-        "nature": report.nature,
-        "diagnose_seconds": report.seconds,
+        "verdicts": [report.verdict for report in reports],
+        "natures": [report.nature for report in reports],
+        "diagnose_seconds": [report.seconds for report in reports],
         "compute_only": computes,
         "compute_only_drift": spread(computes),
-        "recommended_over_best": chosen["measured"] / best,
+        "recommended_over_best": [rates[index] / max(rates) for index in chosen],
         "rows": rows,
     }
 
 
 def auto(work: Any) -> dict[str, Any]:
-    """steps/s of "auto" from its 10th second on, over fixed settings measured in turn with it."""
+    """steps/s of "auto" from its 10th second on, in turn with the best fixed setting."""
     factory, step = MnistDataGenerator(32, work).passes_iterator, cnn()
 
     def rate(n: Any, warm_up: float) -> float:
@@ -127,20 +127,21 @@ def auto(work: Any) -> dict[str, Any]:
                     return count / (time.monotonic() - began)
         raise AssertionError
 
+    fixed = {n: rate(n, 1.5) for n in (1, 2, 4, 8, 16, 32)}
+    best = max(fixed, key=lambda n: fixed[n])
     said = io.StringIO()
-    fixed: dict[int, list[float]] = {n: [] for n in (1, 2, 4, 8, 16, 32)}
-    ours = []
-    for _ in range(ROUNDS):
-        for n, values in fixed.items():
-            values.append(rate(n, 1.5))
+    ours, theirs = [], []
+    # Not from the same round: the best of six noisy numbers is too good a number.
+    for _ in range(AUTO_ROUNDS):
+        theirs.append(rate(best, 1.5))
         with contextlib.redirect_stdout(said):
             ours.append(rate("auto", 10.0))
-    best = max(fixed, key=lambda n: median(fixed[n]))
     return {
-        "auto": ours,
         "fixed": fixed,
         "best_fixed": best,
-        "auto_over_best": median([a / b for a, b in zip(ours, fixed[best], strict=True)]),
+        "best_fixed_again": theirs,
+        "auto": ours,
+        "auto_over_best": median([a / b for a, b in zip(ours, theirs, strict=True)]),
         "decisions": said.getvalue().splitlines(),
     }
 
@@ -154,25 +155,26 @@ def main() -> None:
         if only and name not in only:
             continue
         results[name] = one_case(work, extra)
-        print(f"\n{name}: {results[name]['verdict']}")
+        print(f"\n{name}: {results[name]['verdicts'][-1]}")
         print(f"  compute-only drifted by {results[name]['compute_only_drift']:.0%}")
         for row in results[name]["rows"]:
             miss = "" if abs(row["measured/predicted"] - 1) <= 0.1 else "  MISS"
-            mark = "  <- recommended" if row["recommended"] else ""
+            mark = f"  <- recommended {row['recommended']} times" if row["recommended"] else ""
             print(
-                f"  {row['n']:2d} {row['workers']:8s} predicted {row['predicted']:7.1f}"
-                f"  measured {row['measured']:7.1f}  {row['measured/predicted']:.2f}{miss}{mark}",
+                f"  {row['n']:2d} {row['workers']:8s} predicted {median(row['predicted']):7.1f}"
+                f"  measured {median(row['measured']):7.1f}"
+                f"  {row['measured/predicted']:.2f}{miss}{mark}",
                 flush=True,
             )
-        print(f"  recommended / best found: {results[name]['recommended_over_best']:.2f}")
+        over = ", ".join(f"{value:.2f}" for value in results[name]["recommended_over_best"])
+        print(f"  recommended / best found: {over}")
     every = [row for case in results.values() for row in case["rows"]]
-    chosen = [row for row in every if row["recommended"]]
+    pairs = [m / p for row in every for m, p in zip(row["measured"], row["predicted"], strict=True)]
+    advice = [value for case in results.values() for value in case["recommended_over_best"]]
     within = {
-        "settings_within_10_percent": _share(every),
-        "recommended_within_10_percent": _share(chosen),
-        "recommendations_within_5_percent_of_best": float(
-            np.mean([case["recommended_over_best"] >= 0.95 for case in results.values()])
-        ),
+        "settings_within_10_percent": _share([row["measured/predicted"] for row in every]),
+        "single_predictions_within_10_percent": _share(pairs),
+        "recommendations_within_5_percent_of_best": float(np.mean(np.array(advice) >= 0.95)),
     }
     print(within)
     scaled = {}
@@ -184,8 +186,8 @@ def main() -> None:
         write("benchmark_sweep", {**within, "cases": results, "auto": scaled})
 
 
-def _share(rows: list[dict[str, Any]]) -> float:
-    return float(np.mean([abs(row["measured/predicted"] - 1) <= 0.1 for row in rows]))
+def _share(ratios: list[float]) -> float:
+    return float(np.mean([abs(ratio - 1) <= 0.1 for ratio in ratios]))
 
 
 if __name__ == "__main__":
