@@ -14,8 +14,8 @@ import numpy as np
 
 from tests.benchmarks.common import median, write
 
-SHAPES = {"32x28x28x1": ((32, 28, 28, 1), 4000), "32x224x224x3": ((32, 224, 224, 3), 1200)}
-ROUNDS = 5
+SHAPES = {"32x28x28x1": ((32, 28, 28, 1), 4000), "32x224x224x3": ((32, 224, 224, 3), 600)}
+ROUNDS = 4
 
 
 class Source:
