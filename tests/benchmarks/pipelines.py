@@ -17,7 +17,7 @@ from tests.benchmarks.common import Steps, median, spread, write
 
 DELAY = 0.05
 COUNTS = {1: 50, 4: 200, 16: 500, 32: 500}
-ROUNDS, STARTS = 11, 7
+ROUNDS, STARTS = 7, 5
 SPEC = (Component("images", (28, 28, 1), np.float32), Component("labels", (10,), np.float32))
 
 
