@@ -190,8 +190,9 @@ class QueueRunner:
             )
         spec = self._ready_spec()
         try:
-            if self._given_spec is None:
-                self._start_workers()
+            with self._lock:  # stop() may come from another thread
+                if self._given_spec is None and not self._stopping.is_set():
+                    self._start_workers()
             self._queue = _GraphQueue(self, spec)
             return self._queue.inputs(spec)
         except BaseException:

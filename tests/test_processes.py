@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ import pytest
 
 from labkit import MnistDataGenerator, QueueRunner
 from labkit import workers as pools
+from labkit.quiet import tf
 from labkit.workloads import busy_python
 from tests.consumers import in_dataset
 
@@ -224,3 +226,28 @@ def test_large_samples_kept_by_the_consumer_stay_as_they_are():
         for _ in range(60):
             next(batches)
         assert all((batch.numpy() == copy).all() for batch, copy in zip(kept, before, strict=True))
+
+
+def test_a_stop_from_elsewhere_waits_until_get_inputs_has_started_its_workers(monkeypatch):
+    begun, start = threading.Event(), pools.ProcessPool._start
+
+    def slow_start(pool, worker):
+        if worker == 2:
+            begun.set()
+            time.sleep(0.3)
+        start(pool, worker)
+
+    monkeypatch.setattr(pools.ProcessPool, "_start", slow_start)
+
+    def endless():
+        while True:
+            yield (np.zeros(4),)
+
+    runner = QueueRunner(endless, 4, 4, "process", **SMALL)
+    descriptors = len(os.listdir("/proc/self/fd"))
+    stopper = threading.Thread(target=lambda: begun.wait(10) and runner.stop())
+    stopper.start()
+    with tf.Graph().as_default():
+        runner.get_inputs()
+    stopper.join()
+    assert begun.is_set() and len(os.listdir("/proc/self/fd")) == descriptors
