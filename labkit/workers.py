@@ -803,7 +803,7 @@ class _Process:
         if data[:1] == b"C":
             _, rows, seconds = _CHUNK.unpack_from(data)
             places = np.frombuffer(data, _PLACE, offset=_CHUNK.size).tolist()
-            if not self._views:
+            if self._by_sample():
                 samples = [self._sample(place) for place in places]
                 return Chunk(self.index, list(zip(*samples, strict=True)), seconds, len(places))
             views = self._views[places[0]]
@@ -854,10 +854,12 @@ class _Process:
         self._spare.append(place)
         return [_aligned_copy(array) for array in arrays]
 
+    def _by_sample(self) -> bool:
+        return self._layout is not None and self._layout.by_sample
+
     def free(self, place: int) -> None:
         """Lets the worker fill a place again; of large samples, `place` is how many."""
-        by_sample = self._layout is not None and self._layout.by_sample
-        places = [self._spare.pop() for _ in range(place)] if by_sample else [place]
+        places = [self._spare.pop() for _ in range(place)] if self._by_sample() else [place]
         self.send(_words(places))
 
     def ending(self) -> str:

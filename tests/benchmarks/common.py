@@ -47,9 +47,9 @@ class Steps:
                     factory,
                     32,
                     n,
-                    workers,
+                    workers,  # type: ignore[arg-type]
                     min_after_dequeue=min_after,
-                    spec=spec,  # type: ignore[arg-type]
+                    spec=spec,
                 )
                 images, labels = runner.get_inputs()
             elif pipeline == "constant":
