@@ -82,9 +82,9 @@ class Steps:
             self.step()
         return count / (time.perf_counter() - began)
 
-    def drain(self) -> None:
+    def drain(self, most: int = 600) -> None:
         """Uses up what was stored during a pause, so that the rate is the steady one."""
-        for step in range(600):  # where the model is the slower, the queue stays full for ever
+        for step in range(most):  # where the model is the slower, the queue stays full for ever
             if step >= 4 and (self.runner is None or self.runner.depth() < self.least):
                 break
             self.step()
