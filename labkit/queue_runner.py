@@ -190,11 +190,13 @@ class QueueRunner:
             )
         spec = self._ready_spec()
         try:
-            with self._lock:  # stop() may come from another thread
-                if self._given_spec is None and not self._stopping.is_set():
-                    self._start_workers()
-            self._queue = _GraphQueue(self, spec)
-            return self._queue.inputs(spec)
+            # An interrupt while TensorFlow builds may get lost, or leave the graph locked.
+            with interrupts_held_back():
+                with self._lock:  # stop() may come from another thread
+                    if self._given_spec is None and not self._stopping.is_set():
+                        self._start_workers()
+                self._queue = _GraphQueue(self, spec)
+                return self._queue.inputs(spec)
         except BaseException:
             self.stop()
             raise
@@ -215,11 +217,12 @@ class QueueRunner:
             )
         if n_threads is not None:
             _expect(_is_count(n_threads), "n_threads must be an integer >= 1", n_threads)
-            if n_threads != self.n_workers:
-                self._change_count(int(n_threads))
-        self._queue.attach(sess)
-        self._watch = self._watch or _InterruptWatch()
         try:
+            if n_threads not in (None, self.n_workers):
+                self._change_count(int(n_threads))
+            with interrupts_held_back():
+                self._queue.attach(sess)
+            self._watch = self._watch or _InterruptWatch()
             self._launch()
         except BaseException:
             self.stop()
@@ -488,13 +491,10 @@ class QueueRunner:
             look_again = 0.0
             while not self._stopping.is_set():
                 message = waiting.pop(0) if waiting else pool.get(_TICK)
-                if (
-                    watch
-                    and watch.asked()
-                    and queue.size() < self.min_after_dequeue + self.batch_size
-                ):
+                if watch and watch.asked() and self._goes_on(watch, queue.size()):
                     self.error = WorkerError(
-                        "QueueRunner: interrupted while the consumer waited for data."
+                        "QueueRunner: ended by an interrupt from which the consumer did not learn, "
+                        "since it waited for data, or TensorFlow dropped the KeyboardInterrupt."
                     )
                     break
                 if self.timeout is not None and time.monotonic() > look_again:
@@ -553,6 +553,13 @@ class QueueRunner:
                 queue.close(cancel=self.error is not None)
                 if self.error is not None:
                     queue.drain()
+
+    def _goes_on(self, watch: "_InterruptWatch", size: int) -> bool:
+        """Whether the consumer still waits for data, or takes them, after an interrupt."""
+        taken = self.samples - size
+        watch.taken = taken if watch.taken is None else min(taken, watch.taken)
+        waits = size < self.min_after_dequeue + self.batch_size
+        return waits or taken > watch.taken + 2 * self.batch_size
 
     def _finish(self, pool: Pool) -> None:
         if not self.samples and not self._lost:
@@ -633,11 +640,14 @@ class _GraphQueue:
         return _shaped(spec, parts if isinstance(parts, list) else [parts])
 
     def attach(self, sess: "tf.compat.v1.Session") -> None:
-        self.sess = sess
         self._enqueue_call = _in_callers_thread(sess, self._enqueue_op, self.placeholders)
         self._group_calls = [
             (size, _in_callers_thread(sess, group, feeds)) for size, group, feeds in self._groups
         ]
+        self._close_call = _in_callers_thread(sess, self._close_op)
+        self._cancel_call = _in_callers_thread(sess, self._cancel_op)
+        self._size_call = _in_callers_thread(sess, self._size_op)
+        self._drain_call = _in_callers_thread(sess, self._drain_op)
 
     def enqueue(self, arrays: list[Any]) -> None:
         if isinstance(arrays[0], np.ndarray):
@@ -650,26 +660,28 @@ class _GraphQueue:
                 del samples[:size]
 
     def close(self, cancel: bool) -> None:
-        self.sess.run(self._cancel_op if cancel else self._close_op)
+        (self._cancel_call if cancel else self._close_call)()
 
     def size(self) -> int:
-        return int(self.sess.run(self._size_op))
+        return int(self._size_call()[0])
 
     def drain(self) -> None:
         while self.size():
-            self.sess.run(self._drain_op)
+            self._drain_call()
 
 
 def _in_callers_thread(
-    sess: "tf.compat.v1.Session", op: tf.Operation, feeds: list[tf.Tensor]
+    sess: "tf.compat.v1.Session", op: tf.Operation | tf.Tensor, feeds: Iterable[tf.Tensor] = ()
 ) -> Callable[..., Any]:
     """A function that runs `op` in the thread that calls it, with an array for each of `feeds`.
 
     In a session's own pool, often of one thread, it would wait for whatever the step runs there.
+    And `run` takes Python locks of the graph, which an interrupt in another `run` leaves locked.
     """
     from tensorflow.core.protobuf.config_pb2 import CallableOptions
 
-    options = CallableOptions(target=[op.name], feed=[feed.name for feed in feeds])
+    options = CallableOptions(feed=[feed.name for feed in feeds])
+    (options.fetch if isinstance(op, tf.Tensor) else options.target).append(op.name)
     options.run_options.inter_op_thread_pool = -1
     # make_callable takes no such options, and run() takes longer than the enqueue itself.
     return sess._make_callable_from_options(options)
@@ -721,6 +733,7 @@ class _InterruptWatch:
 
     def __init__(self) -> None:
         self.since = 0.0
+        self.taken: int | None = None
         self.sockets: tuple[socket.socket, socket.socket] | None = None
         if threading.current_thread() is not threading.main_thread():
             return
@@ -735,10 +748,14 @@ class _InterruptWatch:
             self._close_sockets()
 
     def asked(self) -> bool:
-        """True from one second after an interrupt that has not ended the run by itself."""
+        """True from one second after an interrupt that has not ended the run by itself.
+
+        Not where the program has a handler of its own for it.
+        """
         if self.sockets is not None and not self.since:
             with contextlib.suppress(BlockingIOError):
-                if signal.SIGINT in self.sockets[0].recv(64):
+                came = signal.SIGINT in self.sockets[0].recv(64)
+                if came and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
                     self.since = time.monotonic()
         return bool(self.since) and time.monotonic() - self.since > 1.0
 

@@ -71,7 +71,7 @@ def faults(repeats: int, copies: int) -> bool:
         "machine": describe_machine(),
         "seconds": round(time.monotonic() - began),
         "passed": sum(passed.values()),
-        "failed": failed,
+        "failed": [_portable(text) for text in failed],
         "passed_by_case": dict(sorted(passed.items())),
     }
     _write("faults_100" if repeats >= 100 else f"faults_{repeats}", result)
@@ -136,6 +136,13 @@ def _memory() -> int:
     """Bytes of this process and its children that are theirs alone, and the shared ones once."""
     me = psutil.Process()
     return sum(process.memory_full_info().pss for process in [me, *me.children()])
+
+
+def _portable(text: str) -> str:
+    """Without this machine's folders: the result is kept in the repository."""
+    for folder in (ROOT, Path(sys.prefix), Path(tempfile.gettempdir()), Path.home()):
+        text = text.replace(f"{folder}/", "")
+    return text
 
 
 def _write(name: str, result: dict) -> None:
