@@ -168,7 +168,8 @@ class QueueRunner:
         """Builds the queue in the default graph and returns the batch that it yields.
 
         The workers begin to produce here, so that they have batches ready by the time that the
-        rest of the graph is built; with a given `spec`, not before `start`.
+        rest of the graph is built; with a given `spec`, not before `start`. Until then `stop()`
+        ends them, so write `with runner:` around both where the code between may fail.
 
         Returns:
             Tensors in the iterator's structure, each `[batch, ...]`; the batch axis is

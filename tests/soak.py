@@ -29,6 +29,7 @@ from labkit.train import describe_machine
 v1 = tf.compat.v1
 ROOT = Path(__file__).parents[1]
 FIGURES = ROOT / "figures"
+_MOST_SAMPLES = 200_000  # of one worker in a second
 
 
 def faults(repeats: int, copies: int) -> bool:
@@ -95,7 +96,9 @@ def soak(workers: str, seconds: float) -> dict:
             Path(f"{folder}/{worker}").write_text(str(number))
 
         runner = QueueRunner(counted, 32, 2, workers)
-        seen = [np.zeros(1 << 20, np.uint8) for _ in range(2)]
+        # As large as they can become, and touched: arrays that grow would leave holes in the heap.
+        seen = [np.full(int(seconds * _MOST_SAMPLES), 0, np.uint8) for _ in range(2)]
+        own = sum(count.nbytes for count in seen)
         trace, began, next_sample = [], time.monotonic(), 0.0
         with tf.Graph().as_default():
             inputs = runner.get_inputs()
@@ -105,13 +108,9 @@ def soak(workers: str, seconds: float) -> dict:
                     while True:
                         numbers, who, _ = sess.run(inputs)
                         for worker in range(2):
-                            mine = numbers[who == worker]
-                            while len(mine) and mine.max() >= len(seen[worker]):
-                                seen[worker] = np.append(seen[worker], np.zeros_like(seen[worker]))
-                            np.add.at(seen[worker], mine, 1)
+                            np.add.at(seen[worker], numbers[who == worker], 1)
                         if time.monotonic() - began > next_sample:
                             next_sample += 1.0
-                            own = sum(count.nbytes for count in seen)
                             trace.append(_memory() - own)
                 except tf.errors.OutOfRangeError:
                     pass
