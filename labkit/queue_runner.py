@@ -222,6 +222,8 @@ class QueueRunner:
             if n_threads not in (None, self.n_workers):
                 self._change_count(int(n_threads))
             with interrupts_held_back():
+                with self._lock:
+                    self._start_workers()  # they produce while the session prepares the queue's ops
                 self._queue.attach(sess)
             self._watch = self._watch or _InterruptWatch()
             self._launch()

@@ -18,7 +18,7 @@ from tests.benchmarks.common import Steps, median, spread, write
 DELAY = 0.05
 # Steps in a round, and rounds. Where compute-only is the bound, its drift within seconds is the
 # noise of the ratio, so the rounds are short and many.
-ROUNDS = {1: (50, 7), 4: (200, 7), 16: (500, 7), 32: (100, 40)}
+ROUNDS = {1: (50, 7), 4: (200, 7), 16: (500, 7), 32: (100, 120)}
 STARTS = 5
 SPEC = (Component("images", (28, 28, 1), np.float32), Component("labels", (10,), np.float32))
 
