@@ -221,12 +221,8 @@ class QueueRunner:
         try:
             if n_threads not in (None, self.n_workers):
                 self._change_count(int(n_threads))
-            with interrupts_held_back():
-                with self._lock:
-                    self._start_workers()  # they produce while the session prepares the queue's ops
-                self._queue.attach(sess)
             self._watch = self._watch or _InterruptWatch()
-            self._launch()
+            self._launch(sess)
         except BaseException:
             self.stop()
             raise
@@ -454,7 +450,7 @@ class QueueRunner:
                 "it."
             )
 
-    def _launch(self) -> None:
+    def _launch(self, sess: "tf.compat.v1.Session | None" = None) -> None:
         with self._lock:
             if self._feeder is not None:
                 raise RuntimeError("QueueRunner.start: it is running already. Call stop() first.")
@@ -464,6 +460,9 @@ class QueueRunner:
             self.error, self.samples = None, 0
             assert self._pool is not None and self._queue is not None
             self._start_workers()
+            if isinstance(self._queue, _GraphQueue):
+                with interrupts_held_back():  # they produce while the queue's ops are prepared
+                    self._queue.attach(sess)
             self._feeder = threading.Thread(
                 target=self._feed, args=(self._pool, self._queue), name="labkit feeder", daemon=True
             )

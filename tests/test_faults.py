@@ -53,6 +53,18 @@ def consume(repeat):
     return (in_graph, in_dataset)[repeat % 2]
 
 
+def endless(pause=0.0):
+    """An iterator factory that worker processes get by value: batches of zeros, for ever."""
+
+    def batches():
+        while True:
+            if pause:
+                time.sleep(pause)
+            yield np.zeros(4, np.int64), np.zeros((4, 2), np.float32)
+
+    return batches
+
+
 # -- what must be gone afterwards ----------------------------------------------------------------
 
 
@@ -253,11 +265,7 @@ def test_a_worker_that_is_killed_is_named_with_its_signal(consume, repeat, tmp_p
 def test_a_worker_that_is_killed_from_outside_while_it_waits(repeat):
     """For the full queue and for the empty one: the consumer stands still, or waits for data."""
 
-    def endless():
-        while True:
-            yield np.zeros(4, np.int64), np.zeros((4, 2), np.float32)
-
-    runner, others = QueueRunner(endless, 8, 2, "process", **SMALL), psutil.Process().children()
+    runner, others = QueueRunner(endless(), 8, 2, "process", **SMALL), psutil.Process().children()
     with pytest.raises(WorkerError, match=r"worker [01] was killed by signal 9 \(SIGKILL\)"):  # noqa: SIM117
         with tf.Graph().as_default():
             inputs = runner.get_inputs()
@@ -290,17 +298,13 @@ def test_a_stall_is_shown_with_the_line_that_it_stands_at(workers, consume, repe
 
 
 def test_a_consumer_that_pauses_makes_no_worker_late(workers, consume, repeat):
-    def endless():
-        while True:
-            yield np.zeros(4, np.int64), np.zeros((4, 2), np.float32)
-
     class Pauses(list):
         def append(self, batch):
             super().append(batch)
             if len(self) == 20:
                 time.sleep(1.6)
 
-    runner = QueueRunner(endless, 8, 3, workers, timeout=0.8, **SMALL)
+    runner = QueueRunner(endless(), 8, 3, workers, timeout=0.8, **SMALL)
     assert len(consume(runner, steps=60, seen=Pauses())) == 60
 
 
@@ -353,12 +357,7 @@ def test_continue_goes_on_with_the_others_and_says_so_once(workers, fault, repea
 def test_the_consumer_leaves_early(workers, consume, state, repeat):
     pause = 0.0 if state == "full" else 0.05
 
-    def endless():
-        while True:
-            time.sleep(pause)
-            yield np.zeros(4, np.int64), np.zeros((4, 2), np.float32)
-
-    runner = QueueRunner(endless, 8, 2, workers, **SMALL)
+    runner = QueueRunner(endless(pause), 8, 2, workers, **SMALL)
     assert len(consume(runner, steps=random.randint(1, 3))) > 0
     runner.stop()
 
@@ -382,16 +381,12 @@ def test_large_samples_leave_no_shared_memory(consume, fault, repeat):
 
 
 def test_the_consumers_own_error_passes_through(workers, consume, repeat):
-    def endless():
-        while True:
-            yield np.zeros(4, np.int64), np.zeros((4, 2), np.float32)
-
     class Seen(list):
         def append(self, batch):
             raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError):
-        consume(QueueRunner(endless, 8, 2, workers, **SMALL), seen=Seen())
+        consume(QueueRunner(endless(), 8, 2, workers, **SMALL), seen=Seen())
 
 
 def stop_from_elsewhere(runner, after):
@@ -410,12 +405,7 @@ def stop_from_elsewhere(runner, after):
 
 
 def test_stop_while_starting(workers, consume, repeat):
-    def endless():
-        while True:
-            time.sleep(0.005)
-            yield np.zeros(4, np.int64), np.zeros((4, 2), np.float32)
-
-    runner = QueueRunner(endless, 8, 4, workers, **SMALL)
+    runner = QueueRunner(endless(0.005), 8, 4, workers, **SMALL)
     thread, took = stop_from_elsewhere(runner, random.uniform(0.0, 0.3))
     # It either ran to its end or says that it was stopped; in no case does it hang.
     try:
@@ -446,11 +436,7 @@ def test_stop_while_the_first_batch_is_awaited(workers, consume, repeat):
 def test_stop_at_once_after_start(workers, repeat):
     """While the feeder is still starting the other workers."""
 
-    def endless():
-        while True:
-            yield np.zeros(4, np.int64), np.zeros((4, 2), np.float32)
-
-    runner = QueueRunner(endless, 8, 4, workers, **SMALL)
+    runner = QueueRunner(endless(), 8, 4, workers, **SMALL)
     with tf.Graph().as_default():
         runner.get_inputs()
         with v1.Session() as sess:
@@ -460,11 +446,7 @@ def test_stop_at_once_after_start(workers, repeat):
 
 
 def test_stop_twice_and_from_two_threads(workers, consume, repeat):
-    def endless():
-        while True:
-            yield np.zeros(4, np.int64), np.zeros((4, 2), np.float32)
-
-    runner = QueueRunner(endless, 8, 2, workers, **SMALL)
+    runner = QueueRunner(endless(), 8, 2, workers, **SMALL)
     runner.stop()
     seen = []
 
@@ -498,16 +480,11 @@ def interrupt_after(seconds):
 
 
 def test_an_interrupt_at_any_moment(workers, consume, repeat):
-    def endless():
-        while True:
-            time.sleep(0.001)
-            yield np.zeros(4, np.int64), np.zeros((4, 2), np.float32)
-
     # Made here, and left to this line's thread: it may come before, during and after the start.
     # Once in some hundred times TensorFlow drops the exception, and the runner has to tell.
     with pytest.raises((KeyboardInterrupt, WorkerError)) as caught:
         interrupt_after(random.uniform(0.0, 0.5))
-        consume(QueueRunner(endless, 8, 3, workers, **SMALL))
+        consume(QueueRunner(endless(0.001), 8, 3, workers, **SMALL))
     assert caught.type is KeyboardInterrupt or "dropped the KeyboardInterrupt" in str(caught.value)
 
 
@@ -524,24 +501,15 @@ class Drops(list):
 
 
 def test_an_interrupt_that_gets_lost_while_data_flow(workers, consume, repeat):
-    def endless():
-        while True:
-            time.sleep(0.001)
-            yield np.zeros(4, np.int64), np.zeros((4, 2), np.float32)
-
     began = time.monotonic()
     with pytest.raises(WorkerError, match="dropped the KeyboardInterrupt"):
-        consume(QueueRunner(endless, 8, 2, workers, **SMALL), seen=Drops())
+        consume(QueueRunner(endless(0.001), 8, 2, workers, **SMALL), seen=Drops())
     assert time.monotonic() - began < 5
 
 
 @pytest.mark.parametrize("step", ["inputs", "attach"])
 def test_an_interrupt_while_the_graph_is_built_is_not_lost(workers, step, monkeypatch, repeat):
     """TensorFlow would drop it, or turn it into a TypeError, or leave the graph locked."""
-
-    def endless():
-        while True:
-            yield np.zeros(4, np.int64), np.zeros((4, 2), np.float32)
 
     really = getattr(queue_runner._GraphQueue, step)
 
@@ -553,7 +521,7 @@ def test_an_interrupt_while_the_graph_is_built_is_not_lost(workers, step, monkey
 
     monkeypatch.setattr(queue_runner._GraphQueue, step, interrupted)
     with pytest.raises(KeyboardInterrupt):
-        in_graph(QueueRunner(endless, 8, 2, workers, **SMALL), steps=10)
+        in_graph(QueueRunner(endless(), 8, 2, workers, **SMALL), steps=10)
 
 
 def test_a_handler_of_the_programs_own_decides_about_an_interrupt(workers, consume, repeat):
@@ -575,19 +543,14 @@ def test_a_handler_of_the_programs_own_decides_about_an_interrupt(workers, consu
 def test_an_interrupt_that_leaves_the_graph_locked(workers, repeat):
     """As one does that hits `run` where it holds the graph's lock: every other `run` then waits."""
 
-    def endless():
-        while True:
-            time.sleep(0.001)
-            yield np.zeros(4, np.int64), np.zeros((4, 2), np.float32)
+    class Locks(list):
+        def append(self, batch):
+            v1.get_default_graph()._group_lock._ready.acquire()
+            raise KeyboardInterrupt
 
     began = time.monotonic()
-    with pytest.raises(KeyboardInterrupt), tf.Graph().as_default() as graph:
-        runner = QueueRunner(endless, 8, 2, workers, **SMALL)
-        batch = runner.get_inputs()
-        with v1.Session() as sess, runner.start(sess):
-            sess.run(batch)
-            graph._group_lock._ready.acquire()
-            raise KeyboardInterrupt
+    with pytest.raises(KeyboardInterrupt):
+        in_graph(QueueRunner(endless(0.001), 8, 2, workers, **SMALL), seen=Locks())
     assert time.monotonic() - began < 5
 
 
