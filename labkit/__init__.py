@@ -23,8 +23,8 @@ _HOME = {
     "busy_python": "workloads",
     "distort": "workloads",
     "QueueRunner": "queue_runner",
-    "WorkerError": "workers",
-    "Component": "workers",
+    "WorkerError": "engine.messages",
+    "Component": "engine.batches",
     "build_model": "model",
     "model_fn": "model",
     "StepTimer": "monitor",
@@ -32,7 +32,7 @@ _HOME = {
     "diagnose": "diagnosis",
     "audit": "diagnosis",
 }
-_SUBMODULES = {"data", "workloads", "workers", "queue_runner", "model", "monitor", "plots", "train"}
+_SUBMODULES = {"data", "workloads", "queue_runner", "model", "monitor", "plots", "train"}
 
 __all__ = sorted(_HOME)
 

@@ -18,19 +18,14 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
+from labkit.engine import KINDS
+from labkit.engine.auto import usable_cores
+from labkit.engine.batches import Spec
+from labkit.engine.messages import Chunk, Ended, WorkerError
+from labkit.engine.pool import Job
+from labkit.engine.produce import IteratorFactory
 from labkit.queue_runner import QueueRunner
 from labkit.quiet import tf
-from labkit.scaling import usable_cores
-from labkit.workers import (
-    Chunk,
-    Ended,
-    IteratorFactory,
-    Pool,
-    ProcessPool,
-    Spec,
-    ThreadPool,
-    WorkerError,
-)
 
 Kind = Literal["thread", "process"]
 _KINDS: tuple[Kind, ...] = ("thread", "process")
@@ -378,8 +373,7 @@ def _alone_in_each(
 
 
 def _alone(iterator: Callable[..., Iterable[Any]], kind: Kind, n: int, seconds: float) -> _Alone:
-    make: type[Pool] = ThreadPool if kind == "thread" else ProcessPool
-    pool = make(IteratorFactory(iterator, n))
+    pool = KINDS[kind].pool(Job(IteratorFactory(iterator, n)))
     heard: set[int] = set()
     ended: set[int] = set()
     began, first, cpu, chunks, samples = time.monotonic(), 0.0, 0.0, 0, 0
@@ -400,7 +394,7 @@ def _alone(iterator: Callable[..., Iterable[Any]], kind: Kind, n: int, seconds: 
                 ended.add(message.worker)
                 if len(ended) == n:
                     ended.clear()
-                    pool.next_epoch()
+                    pool.next_epoch(pool.epoch + 1)
             elif message is not None:
                 raise WorkerError(f"diagnose: {getattr(message, 'text', message)}")
             elif now - began > 60:

@@ -86,7 +86,7 @@ class History:
 
 def describe_machine() -> dict[str, Any]:
     """Processor, usable cores and versions: what a reader needs beside a figure."""
-    from labkit.scaling import usable_cores
+    from labkit.engine.auto import usable_cores
 
     def installed(package: str) -> str:
         try:
@@ -448,7 +448,7 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error(text.rstrip("."))
     if options["log_dir"] and Path(options["log_dir"]).is_file():
         parser.error(f"--log_dir: expected a folder, got the file {options['log_dir']}")
-    from labkit.workers import WorkerError
+    from labkit.engine.messages import WorkerError
 
     try:
         history = train(**options)

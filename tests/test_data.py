@@ -197,7 +197,7 @@ def test_data_may_be_a_plain_tuple(numbered, index_of):
 def test_neither_labkit_nor_its_data_side_imports_tensorflow():
     # In a process of its own: this one has TensorFlow already.
     program = (
-        "import sys, labkit, labkit.data, labkit.workloads, labkit.workers\n"
+        "import sys, labkit, labkit.data, labkit.workloads, labkit.engine.child\n"
         "labkit.MnistDataGenerator, labkit.sleep, labkit.WorkerError\n"
         "next(labkit.MnistDataGenerator(2).train_iterator())\n"
         "print(sorted({'tensorflow', 'keras'} & set(sys.modules)))"

@@ -27,7 +27,8 @@ import numpy as np
 import psutil
 import pytest
 
-from labkit import Component, QueueRunner, WorkerError, queue_runner
+from labkit import Component, QueueRunner, WorkerError
+from labkit.engine import tf_queue
 from labkit.quiet import tf
 from tests.consumers import in_dataset, in_graph
 
@@ -340,8 +341,8 @@ def test_continue_goes_on_with_the_others_and_says_so_once(workers, fault, repea
             time.sleep(0.01)
             yield np.full(4, worker), np.zeros((4, 2), np.float32)
 
-    runner = QueueRunner(factory, 4, 3, workers, on_error="continue", **SMALL)
-    runner.timeout = timeout if fault == "stall" else 60.0
+    given = timeout if fault == "stall" else 60.0
+    runner = QueueRunner(factory, 4, 3, workers, on_error="continue", timeout=given, **SMALL)
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         batches = in_graph(runner)
@@ -511,7 +512,7 @@ def test_an_interrupt_that_gets_lost_while_data_flow(workers, consume, repeat):
 def test_an_interrupt_while_the_graph_is_built_is_not_lost(workers, step, monkeypatch, repeat):
     """TensorFlow would drop it, or turn it into a TypeError, or leave the graph locked."""
 
-    really = getattr(queue_runner._GraphQueue, step)
+    really = getattr(tf_queue.GraphQueue, step)
 
     def interrupted(*given):
         with contextlib.suppress(KeyboardInterrupt):
@@ -519,7 +520,7 @@ def test_an_interrupt_while_the_graph_is_built_is_not_lost(workers, step, monkey
             time.sleep(0.05)
         return really(*given)
 
-    monkeypatch.setattr(queue_runner._GraphQueue, step, interrupted)
+    monkeypatch.setattr(tf_queue.GraphQueue, step, interrupted)
     with pytest.raises(KeyboardInterrupt):
         in_graph(QueueRunner(endless(), 8, 2, workers, **SMALL), steps=10)
 

@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 
 from labkit import MnistDataGenerator, QueueRunner
-from labkit import workers as pools
+from labkit.engine import ring
+from labkit.engine.processes import ProcessPool
 from labkit.quiet import tf
 from labkit.workloads import busy_python
 from tests.consumers import in_dataset
@@ -196,7 +197,7 @@ def test_large_samples_arrive_once_and_whole(consume, monkeypatch, workers, lent
     """They stay in shared memory until they are dequeued; none may be overwritten before."""
     sample = (4, 128, 128)
     size = 4 * int(np.prod(sample)) + 64
-    monkeypatch.setattr(pools, "_LENT_BYTES", {"all": 1 << 29, "few": 9 * size, "none": 0}[lent])
+    monkeypatch.setattr(ring, "_LENT_BYTES", {"all": 1 << 29, "few": 9 * size, "none": 0}[lent])
 
     def uneven(worker, n_workers):
         total = 0
@@ -229,7 +230,7 @@ def test_large_samples_kept_by_the_consumer_stay_as_they_are():
 
 
 def test_a_stop_from_elsewhere_waits_until_get_inputs_has_started_its_workers(monkeypatch):
-    begun, start = threading.Event(), pools.ProcessPool._start
+    begun, start = threading.Event(), ProcessPool._start
 
     def slow_start(pool, worker):
         if worker == 2:
@@ -237,7 +238,7 @@ def test_a_stop_from_elsewhere_waits_until_get_inputs_has_started_its_workers(mo
             time.sleep(0.3)
         start(pool, worker)
 
-    monkeypatch.setattr(pools.ProcessPool, "_start", slow_start)
+    monkeypatch.setattr(ProcessPool, "_start", slow_start)
 
     def endless():
         while True:

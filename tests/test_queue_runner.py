@@ -699,7 +699,7 @@ def test_ctrl_c_ends_a_loop_that_sits_inside_tensorflow(consume):
 def test_a_queue_of_more_than_half_the_free_memory_is_refused(consume, monkeypatch):
     # A sample is 16 bytes (one int64, two float32), half of the free memory 500,000.
     free = types.SimpleNamespace(available=1_000_000)
-    monkeypatch.setattr("labkit.queue_runner.psutil.virtual_memory", lambda: free)
+    monkeypatch.setattr("labkit.engine.options.psutil.virtual_memory", lambda: free)
     with pytest.raises(MemoryError) as caught:
         consume(QueueRunner(numbers(100, 10), 8, capacity=31_251, min_after_dequeue=10))
     text = str(caught.value)
@@ -786,15 +786,6 @@ def test_each_epoch_of_a_dataset_has_every_sample_once_from_the_same_threads(n):
             assert sorted(int(i) for index, _ in data for i in index) == list(range(100))
     assert sorted(visit[:2] for visit in visits) == [(e, w) for e in range(3) for w in range(n)]
     assert len({ident for *_, ident in visits}) == n
-
-
-def test_an_epoch_left_early_goes_on_where_it_was_left():
-    with QueueRunner(numbers(100, 7), 10, **SMALL) as runner:
-        data = runner.dataset()
-        left = [int(i) for index, _ in data.take(4) for i in index]
-        rest = [int(i) for index, _ in data for i in index]
-    assert len(left) == 40
-    assert sorted(left + rest) == list(range(100))
 
 
 def test_a_dataset_knows_its_shapes_and_types():

@@ -1,0 +1,38 @@
+"""The engine: what makes the queue runner hold.
+
+    QueueRunner ──spec(), feed(queue, epoch), stop()──► Feeder (one thread, one run, one pool)
+                                                          │ set_active, get, release, next_epoch
+                       batches.Spec: does it fit? ◄─┐     ▼
+    your iterator ──► produce (one loop for all) ───┴─► Pool: ThreadPool | ProcessPool
+                                                          │ Chunk | Ended | Lost
+                                                          ▼
+                         Feeder ──arrays──► tf_queue (graph or eager) ──► training
+
+    a process:  child.main ──wire──► ProcessPool; batches by ring.py, the factory by pickling.py
+
+Workers deliver, the feeder decides. An exception, a death, a stall and the end of the data are
+messages, and each reaches the consumer. No TensorFlow but in tf_queue.py.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from labkit.engine.auto import usable_cores
+from labkit.engine.pool import Pool
+from labkit.engine.processes import ProcessPool
+from labkit.engine.threads import ThreadPool
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A kind of worker: its pool, how many n_workers="auto" may use, what several are called."""
+
+    pool: type[Pool]
+    limit: Callable[[], int]
+    plural: str
+
+
+KINDS: dict[str, Kind] = {
+    "thread": Kind(ThreadPool, lambda: 32, "threads"),
+    "process": Kind(ProcessPool, usable_cores, "processes"),
+}

@@ -1,0 +1,137 @@
+"""What a worker process runs: the iterator, and nothing that decides. No TensorFlow."""
+
+import faulthandler
+import os
+import pickle
+import select
+import signal
+import threading
+import time
+from multiprocessing.connection import Connection
+from typing import Any
+
+from labkit.engine import wire
+from labkit.engine.batches import Spec
+from labkit.engine.pickling import dump_error, unpickle_factory
+from labkit.engine.produce import Made, produce
+from labkit.engine.ring import Layout, Writer
+from labkit.engine.tracebacks import describe
+
+
+class _ParentGone(BaseException):
+    """The parent hung up: the worker's only reason to end without a word."""
+
+
+def main(connection: int, ring: int, trace: int, buffers: int) -> None:
+    """Runs one worker until the parent hangs up; the arguments are file descriptors."""
+    faulthandler.register(signal.SIGUSR1, trace, all_threads=False)
+    threading.Thread(target=_leave_with_parent, args=(connection,), daemon=True).start()
+    worker = _Child(Connection(connection), ring)
+    try:
+        try:
+            worker.run(buffers)
+        except _ParentGone:
+            raise
+        except BaseException as error:
+            worker.tell("failed", (*describe(error), dump_error(error)))
+            while True:
+                worker.hear()
+    except _ParentGone:
+        pass
+
+
+def _leave_with_parent(descriptor: int) -> None:
+    hung_up = select.poll()
+    hung_up.register(descriptor, 0)
+    hung_up.poll()
+    time.sleep(0.5)  # for the iterator's own clean-up
+    os._exit(0)
+
+
+class _Child:
+    """The worker's side: fills slots of the ring and says so."""
+
+    def __init__(self, connection: Connection, memory: int) -> None:
+        self._connection, self._memory = connection, memory
+        self._orders = select.poll()  # ten times as fast as asking the connection
+        self._orders.register(connection.fileno(), select.POLLIN)
+        self._writer: Writer | None = None
+        self._laid_out = False
+        self._may_send = 1  # chunks of text, which have no slots
+        self._epoch = 0
+
+    def tell(self, kind: str, content: Any) -> None:
+        self._say(pickle.dumps((kind, content), protocol=5))
+
+    def hear(self) -> bytes:
+        try:
+            return self._connection.recv_bytes()
+        except (EOFError, OSError):
+            raise _ParentGone from None
+
+    def run(self, buffers: int) -> None:
+        code, sizes, spec, index, self._epoch = pickle.loads(self.hear())
+        factory = unpickle_factory(code, buffers, sizes)
+        while True:
+            epoch = self._epoch
+            for made in produce(factory, index, epoch, spec, copies=False):
+                spec = made.spec
+                if not self._deliver(made, epoch):
+                    break
+            else:
+                self.tell("ended", epoch)
+                while self._epoch == epoch:
+                    self._listen()
+
+    def _deliver(self, made: Made, epoch: int) -> bool:
+        """False if the pass is not wanted any more."""
+        if not self._laid_out:
+            self._lay_out(made.spec, len(made.arrays[0]))
+        while self._orders.poll(0):
+            self._listen()
+        if self._writer is None:
+            while not self._may_send and self._epoch == epoch:
+                self._listen()
+            if self._epoch == epoch:
+                self.tell("chunk", (made.arrays, made.seconds, epoch))
+                self._may_send -= 1
+            return self._epoch == epoch
+        start, rows = 0, len(made.arrays[0])
+        while start < rows and self._epoch == epoch:
+            if not self._writer.free:
+                self._listen()
+                continue
+            begin = start
+            slots, start = self._writer.write(made.arrays, start)
+            share = made.seconds * (start - begin) / rows
+            self._say(wire.pack_chunk(epoch, start - begin, share, slots))
+        return self._epoch == epoch
+
+    def _lay_out(self, spec: Spec, rows: int) -> None:
+        self.tell("first", (spec, rows))
+        while not self._laid_out:
+            answer = self.hear()
+            if answer[:1] in (b"E", b"F"):
+                self._heed(answer)
+                continue
+            layout: Layout | None = pickle.loads(answer)
+            self._writer = None if layout is None else Writer(self._memory, layout, spec)
+            self._laid_out = True
+
+    def _listen(self) -> None:
+        self._heed(self.hear())
+
+    def _heed(self, order: bytes) -> None:
+        epoch, slots = wire.unpack_order(order)
+        if epoch is not None:
+            self._epoch = epoch
+        elif self._writer is None:
+            self._may_send += 1
+        else:
+            self._writer.free += slots
+
+    def _say(self, data: bytes) -> None:
+        try:
+            self._connection.send_bytes(data)
+        except OSError:
+            raise _ParentGone from None

@@ -1,0 +1,365 @@
+"""The feeder: one thread that hears every worker and fills the queue, from first batch to last.
+
+    for each pass's queue:  message ─► Chunk: put it;  Ended: who goes on?;  Lost: raise or go on
+
+Producers only produce. One thread enqueues for all of them, so that a producer's cycle never waits
+for the step that is running.
+"""
+
+import copy
+import hashlib
+import queue as queues
+import threading
+import time
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+
+from labkit.engine.auto import Scaler
+from labkit.engine.batches import Spec
+from labkit.engine.interrupts import ear
+from labkit.engine.messages import Chunk, Ended, Lost, WorkerError
+from labkit.engine.pool import Pool
+
+_TICK = 0.1
+_SMALL_BYTES, _TOGETHER = 1 << 20, 8
+
+
+class Queue(Protocol):
+    """Where batches go; one for each pass."""
+
+    def enqueue(self, arrays: list[Any]) -> bool:
+        """Puts samples in, waiting for room. False if the queue was cancelled meanwhile."""
+
+    def size(self) -> int:
+        """Samples in it now; 0 once it cannot be asked any more."""
+
+    def close(self, cancel: bool) -> None:
+        """No more samples come; `cancel`: those that are in it are dropped, too."""
+
+
+@dataclass(frozen=True)
+class Terms:
+    """What the runner wants of a feeder.
+
+    Attributes:
+        on_error: "raise", or "continue" with the other workers.
+        batch_size: samples that the consumer takes at a time.
+        least: samples below which the queue lets the consumer wait.
+        capacity: samples that the queue holds.
+        samples: of a pass, where they are known.
+        scaler: of n_workers="auto".
+    """
+
+    on_error: str
+    batch_size: int
+    least: int
+    capacity: int
+    samples: int | None = None
+    scaler: Scaler | None = None
+
+
+class Feeder:
+    """Owns a pool for its whole life, and knows what there is to know of the run.
+
+    Attributes:
+        error: what ended the run, or None.
+        samples: put into the queue in this pass.
+        firsts: what each worker's first chunk told.
+    """
+
+    def __init__(self, pool: Pool, terms: Terms) -> None:
+        self.pool, self.terms = pool, terms
+        self.error: BaseException | None = None
+        self.samples = 0
+        self.firsts = _Firsts(pool)
+        self._ended: set[int] = set()
+        self._lost: set[int] = set()
+        self._spec_known = threading.Event()
+        self._queues: queues.SimpleQueue[tuple[Queue, int] | None] = queues.SimpleQueue()
+        self._queue: Queue | None = None  # the newest pass's
+        self._stopping = threading.Event()
+        self._over = self._told = False
+        # By whoever waits, not by the thread: threads start twice as fast then.
+        pool.set_active(self._wanted() if pool.job.spec is not None else 1)
+        self._thread = threading.Thread(target=self._run, name="labkit feeder", daemon=True)
+        self._thread.start()
+
+    # ---------------------------------------------------------------- for the runner
+
+    def spec(self) -> Spec:
+        """What batches look like: waits for the first one, which is not lost.
+
+        Raises what went wrong before it came; WorkerError if the run was stopped.
+        """
+        self._spec_known.wait()
+        if self.pool.spec is None or self.error is not None:
+            self.raise_if_failed()
+            raise WorkerError("QueueRunner: stopped before the first batch.")
+        return self.pool.spec
+
+    def feed(self, queue: Queue, epoch: int) -> None:
+        """Fills `queue` with the pass `epoch` and closes it; an endless iterator fills it for ever.
+
+        The pass before is given up, if it still runs.
+        """
+        before, self._queue = self._queue, queue
+        if before is not None:
+            before.close(cancel=True)
+        self._queues.put((queue, epoch))
+        self.pool.wake()
+        if self._over:
+            queue.close(cancel=True)
+
+    def begin_stop(self) -> None:
+        """Ahead of `stop`, from any thread: whoever waits for a first batch is told."""
+        self._stopping.set()
+        self._queues.put(None)
+        self.pool.begin_stop()
+
+    def stop(self) -> list[str]:
+        """Ends everything; a line for each worker that would not end. May come twice."""
+        self.begin_stop()
+        if self._queue is not None:
+            self._queue.close(cancel=True)
+        # The feeder goes first: it must not meet a pool that is half gone.
+        if self._thread is not threading.current_thread():
+            self._thread.join(2.0)
+        return self.pool.stop()
+
+    @property
+    def alive(self) -> bool:
+        return not self._stopping.is_set() and self.error is None
+
+    @property
+    def owes_an_error(self) -> bool:
+        """Something went wrong that the consumer has not learned of, and it did not end the run."""
+        return self.error is not None and not self._told and not self._stopping.is_set()
+
+    def raise_if_failed(self) -> None:
+        if self.error is not None:
+            self._told = True
+            # A copy, since an exception keeps the frames that it passes through, and with them the
+            # caller's iterator over dataset(): this run must not hold on to those.
+            raise copy.copy(self.error) from self.error.__cause__
+
+    # ---------------------------------------------------------------- its thread
+
+    def _run(self) -> None:
+        try:
+            if self.pool.job.spec is None:
+                self._await_first_chunk()
+            self._spec_known.set()
+            while (ordered := self._queues.get()) is not None:
+                self._feed(*ordered)
+        except BaseException as error:
+            if not self._stopping.is_set():
+                # Without its frames: they hold the batches of that moment.
+                self.error = error.with_traceback(None)
+        finally:
+            self._over = True
+            self._spec_known.set()
+            if self._queue is not None:
+                self._queue.close(cancel=True)
+
+    def _await_first_chunk(self) -> None:
+        """Starts workers one by one until one delivers; then as many as are wanted."""
+        while not self._stopping.is_set():
+            message = self.pool.get(_TICK)
+            if isinstance(message, Chunk):
+                self.firsts.rows = len(message.arrays[0])
+                self.pool.put_back(message)
+                self.pool.set_active(self._wanted())
+                return
+            if message is not None:
+                self._note_end(message)
+                if self.pool.active == self.pool.n_workers:
+                    raise _nothing_came(message.worker)
+                self.pool.set_active(self.pool.active + 1)
+
+    def _feed(self, queue: Queue, epoch: int) -> None:
+        if queue is not self._queue:
+            return  # given up before it began
+        if epoch != self.pool.epoch:
+            self.pool.next_epoch(epoch)
+            self._ended = set(self._lost)
+        self.samples = 0
+        self.pool.set_active(self._wanted())
+        interrupt = _LostInterrupt(queue, self.terms)
+        while not self._stopping.is_set() and queue is self._queue:
+            if self._all_done():
+                self._finish()
+                queue.close(cancel=False)
+                return
+            message = self.pool.get(_TICK)
+            interrupt.check(self.samples)
+            if isinstance(message, Chunk):
+                self._put(queue, message)
+            elif message is not None:
+                self._note_end(message)
+                self.pool.set_active(self._wanted())
+
+    def _put(self, queue: Queue, first: Chunk) -> None:
+        chunks = self._ready_together(first)
+        arrays = first.arrays
+        if len(chunks) > 1:
+            columns = zip(*(chunk.arrays for chunk in chunks), strict=True)
+            arrays = [np.concatenate(column) for column in columns]
+        try:
+            if not queue.enqueue(arrays):
+                return
+        finally:
+            for chunk in chunks:
+                self.pool.release(chunk)
+        self.samples += len(arrays[0])
+        for chunk in chunks:
+            self.firsts.note(chunk)
+        if self.terms.scaler is not None:
+            self._scale(self.terms.scaler, chunks, queue)
+
+    def _scale(self, scaler: Scaler, chunks: list[Chunk], queue: Queue) -> None:
+        newest = self.pool.active - 1
+        notes = [scaler.note(c.worker, newest, len(c.arrays[0]), c.seconds) for c in chunks]
+        if any(notes):
+            scaler.decide(full=queue.size() > (self.terms.least + self.terms.capacity) / 2)
+            self.pool.set_active(self._wanted())
+
+    def _ready_together(self, first: Chunk) -> list[Chunk]:
+        """`first`, and what else is ready now if chunks are small: one enqueue serves several."""
+        chunks = [first]
+        small = sum(getattr(part, "nbytes", _SMALL_BYTES) for part in first.arrays) < _SMALL_BYTES
+        while small and len(chunks) < _TOGETHER:
+            message = self.pool.get(0)
+            if not isinstance(message, Chunk):
+                if message is not None:
+                    self.pool.put_back(message)
+                break
+            chunks.append(message)
+        return chunks
+
+    def _note_end(self, message: Ended | Lost) -> None:
+        """Notes who ended or was lost; raises if the run cannot go on without it."""
+        self._ended.add(message.worker)
+        if isinstance(message, Lost):
+            first = not self._lost
+            self._lost.add(message.worker)
+            error = message.as_error()
+            if self.terms.on_error == "raise" or len(self._lost) == self.pool.n_workers:
+                raise error
+            if first:
+                text = f"{error}\nGoing on with the other workers."
+                warnings.warn(text, RuntimeWarning, stacklevel=1)
+
+    def _all_done(self) -> bool:
+        """True once no worker has anything left to deliver in this pass."""
+        while self._ended.issuperset(range(self.pool.active)):
+            if self.pool.active == self.pool.n_workers or not self.pool.factory.shards:
+                return True
+            self.pool.set_active(self.pool.active + 1)  # the next share takes its turn
+        return False
+
+    def _wanted(self) -> int:
+        """How many workers are to be active: the next one takes the turn of one that is gone."""
+        if self.terms.scaler is None:
+            return self.pool.n_workers
+        # Where they do not share, one that has delivered its all has left nothing to the others.
+        shares = self.pool.factory.shards
+        gone = self._ended if shares else self._lost | (self._ended - self.firsts.workers)
+        return min(self.pool.n_workers, self.terms.scaler.count + len(gone))
+
+    def _finish(self) -> None:
+        pool = self.pool
+        if not self.samples and not self._lost:
+            raise _nothing_came(0)
+        if pool.active > 1 and not pool.factory.shards:
+            warnings.warn(
+                f"QueueRunner: {pool.active} workers each delivered the whole of a finite "
+                f"iterator, so every sample came {pool.active} times. Give the factory the "
+                "parameters (worker, n_workers) and let it yield its share.",
+                RuntimeWarning,
+                stacklevel=1,
+            )
+        if self.terms.samples not in (None, self.samples) and not self._lost:
+            raise WorkerError(
+                f"QueueRunner: a pass delivered {self.samples} samples, expected "
+                f"{self.terms.samples} as given by samples=. Correct the number, or find out what "
+                "the iterator leaves out or repeats."
+            )
+
+
+class _Firsts:
+    """What the first chunk of each worker tells: who delivers, and whether two make the same.
+
+    Attributes:
+        workers: numbers of those that have delivered.
+        rows: of the chunk that the spec was read from; 0 where it was given.
+    """
+
+    def __init__(self, pool: Pool) -> None:
+        self.workers: set[int] = set()
+        self.rows = 0
+        self._pool, self._epoch = pool, pool.epoch
+        self._digests: dict[bytes, int] | None = None if pool.factory.shards else {}
+
+    def note(self, chunk: Chunk) -> None:
+        """Warns once if two workers begin with the same batch, though nothing tells them apart."""
+        new = chunk.worker not in self.workers
+        self.workers.add(chunk.worker)
+        if self._digests is None or not new or self._pool.n_workers == 1:
+            return
+        if chunk.epoch != self._epoch:  # of another pass, it would not be a worker's first
+            return
+        twin = self._digests.setdefault(_digest(chunk.arrays), chunk.worker)
+        if twin != chunk.worker:
+            self._digests = None
+            warnings.warn(
+                f"QueueRunner: the first batches of workers {twin} and {chunk.worker} are equal to "
+                "the last bit, so the workers seem to make the same samples. Give the factory a "
+                "parameter worker, and seed with it: np.random.default_rng([seed, worker]); or "
+                "the parameters (worker, n_workers), and let it yield its share.",
+                RuntimeWarning,
+                stacklevel=1,
+            )
+
+
+class _LostInterrupt:
+    """Ends the run if a second after a Ctrl-C the consumer still waits, or takes, in this pass."""
+
+    def __init__(self, queue: Queue, terms: Terms) -> None:
+        self.queue, self.terms = queue, terms
+        self.began = time.monotonic()
+        self.taken: int | None = None  # by the consumer, at the first look after the Ctrl-C
+
+    def check(self, put: int) -> None:
+        ago = ear.came_since(self.began)
+        if ago is None or ago < 1.0:
+            return
+        size = self.queue.size()
+        taken = put - size
+        self.taken = taken if self.taken is None else min(taken, self.taken)
+        if size < self.terms.least or taken > self.taken + 2 * self.terms.batch_size:
+            raise WorkerError(
+                "QueueRunner: ended by an interrupt from which the consumer did not learn, "
+                "since it waited for data, or TensorFlow dropped the KeyboardInterrupt."
+            )
+
+
+def _nothing_came(worker: int) -> WorkerError:
+    error = WorkerError(
+        "QueueRunner: the iterator ended before its first batch, expected at least one. Check that "
+        "the factory returns a new iterator at each call, and that its data are found."
+    )
+    error.worker = worker
+    return error
+
+
+def _digest(arrays: Sequence[Any]) -> bytes:
+    hashed = hashlib.blake2b(digest_size=16)
+    for component in arrays:
+        for array in component if isinstance(component, tuple) else (component,):
+            text = array.dtype.hasobject
+            hashed.update(repr(array.tolist()).encode() if text else array.tobytes())
+    return hashed.digest()

@@ -1,0 +1,53 @@
+"""What a worker can say, and how the consumer hears of it."""
+
+from dataclasses import dataclass
+from typing import Any
+
+
+class WorkerError(RuntimeError):
+    """What went wrong in a worker; `worker` is its number. The cause, if any, is `__cause__`."""
+
+    worker: int | None = None
+
+
+@dataclass
+class Chunk:
+    """Arrays that a worker delivered; give its slots back with `pool.release(chunk)`.
+
+    `arrays` has one array per component, `[rows, ...]`; or, of large samples from a process, one
+    sequence of arrays, a sample each, which may be kept. `seconds` is the time that the iterator
+    took, `epoch` the pass that the batch belongs to.
+    """
+
+    worker: int
+    arrays: list[Any]
+    seconds: float
+    epoch: int
+    slots: tuple[int, ...] = ()
+
+
+@dataclass
+class Ended:
+    """A worker's iterator is exhausted; it waits for the next pass or for the stop."""
+
+    worker: int
+    epoch: int
+
+
+@dataclass
+class Lost:
+    """A worker raised, died or stalled; `summary` is one line, `text` its traceback if any."""
+
+    worker: int
+    summary: str
+    text: str = ""
+    error: BaseException | None = None
+
+    def as_error(self) -> WorkerError:
+        text = f"\n\n{self.text}" if self.text else ""
+        error = WorkerError(f"QueueRunner: worker {self.worker} {self.summary}{text}")
+        error.worker, error.__cause__ = self.worker, self.error
+        return error
+
+
+Message = Chunk | Ended | Lost

@@ -1,0 +1,208 @@
+"""A pool of workers: who is active, who is waiting, who is late. No transport of its own.
+
+    feeder ── set_active(k), get(seconds), release(chunk), next_epoch(e), stop() ──► Pool
+    Pool   ── _start, _receive, _refill, _go_on, _room, _doing, _end, wake ──► threads, ...
+
+A new kind of worker is a subclass with these eight methods, and a line in `engine.KINDS`.
+"""
+
+import collections
+import contextlib
+import threading
+import time
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
+
+from labkit.engine import interrupts
+from labkit.engine.batches import Spec
+from labkit.engine.messages import Chunk, Lost, Message
+from labkit.engine.produce import IteratorFactory
+
+_LOOK = 0.1  # seconds between two looks for a worker that is late
+
+
+@dataclass
+class _State:
+    """One worker, as the pool sees it."""
+
+    since: float = field(default_factory=time.monotonic)  # it was last heard of, or refilled
+    taken: int = 0  # its chunks that are not released yet
+    held: list[tuple[int, ...]] = field(default_factory=list)  # kept from it while it pauses
+    ended: bool = False
+    lost: bool = False
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a pool is asked for.
+
+    Attributes:
+        factory: makes each worker's iterator.
+        spec: what batches look like; None: as the first one does.
+        timeout: seconds that a worker may spend on one batch; None: for ever.
+        kept: samples that whoever takes the chunks will hold at a time.
+        copies: the iterators may write into an array again after they have yielded it.
+        epoch: the number of the first pass.
+    """
+
+    factory: IteratorFactory
+    spec: Spec | None = None
+    timeout: float | None = None
+    kept: int = 0
+    copies: bool = True
+    epoch: int = 0
+
+
+class Pool(ABC):
+    """Workers that walk one iterator each, a pass at a time."""
+
+    def __init__(self, job: Job) -> None:
+        self.job, self.factory, self.spec = job, job.factory, job.spec
+        self.epoch, self.active = job.epoch, 0
+        self._states: list[_State] = []
+        self._inbox: collections.deque[Message] = collections.deque()
+        self._look_again = 0.0
+        self._stopping = False
+        self._ending = threading.Lock()
+        self._ended = False
+
+    # ---------------------------------------------------------------- for the feeder
+
+    @property
+    def n_workers(self) -> int:
+        return self.factory.n_workers
+
+    def takes(self, count: int) -> bool:
+        """Whether `n_workers` can become `count` as it runs: not if that shares the data anew."""
+        return not self.factory.shards and self.active <= count
+
+    def set_active(self, count: int) -> None:
+        """Lets workers 0 to count - 1 produce, starting those not yet started; others pause."""
+        self.active = count
+        while len(self._states) < count and not self._stopping:
+            with interrupts.held_back():
+                self._start(len(self._states))
+                self._states.append(_State())
+        for worker, state in enumerate(self._states[:count]):
+            while state.held:
+                self._refill(worker, state.held.pop())
+
+    def get(self, seconds: float) -> Message | None:
+        """The next message of any worker, or None after `seconds`. A stall is a message as well.
+
+        What workers still send of a pass that was given up goes back to them unseen.
+        """
+        if not self._inbox or time.monotonic() > self._look_again:
+            for message in self._receive(0.0 if self._inbox else seconds):
+                self._take_in(message)
+            # After what has come is taken in: whoever sent it is not late.
+            late = self._late()
+            if late is not None:
+                self._inbox.appendleft(late)
+        while self._inbox:
+            message = self._inbox.popleft()
+            if isinstance(message, Lost) or message.epoch == self.epoch:
+                return message
+            if isinstance(message, Chunk):
+                self.release(message)
+        return None
+
+    def put_back(self, message: Message) -> None:
+        """Makes `message` the next one that `get` returns."""
+        self._inbox.appendleft(message)
+
+    def release(self, chunk: Chunk) -> None:
+        """Gives a chunk's slots back to its worker, once its arrays are not needed any more."""
+        state = self._states[chunk.worker]
+        state.taken -= 1
+        state.since = time.monotonic()
+        if chunk.worker < self.active:
+            self._refill(chunk.worker, chunk.slots)
+        else:
+            state.held.append(chunk.slots)
+
+    def next_epoch(self, epoch: int) -> None:
+        """Every worker begins the pass of this number, at its next batch if it is in another."""
+        self.epoch = epoch
+        for worker, state in enumerate(self._states):
+            state.ended, state.since = state.lost, time.monotonic()
+            self._go_on(worker)
+
+    @abstractmethod
+    def wake(self) -> None:
+        """Lets a `get` of another thread return at once."""
+
+    def stop(self, seconds: float = 2.0) -> list[str]:
+        """Ends every worker; a line for each that still runs after `seconds`. May come twice."""
+        self._stopping = True
+        with self._ending:
+            ended, self._ended = self._ended, True
+            left = [] if ended else self._end(seconds)
+            self._inbox.clear()
+            return left
+
+    def begin_stop(self) -> None:
+        """Ahead of `stop`: no worker is started any more, and a waiting `get` returns."""
+        self._stopping = True
+        with contextlib.suppress(OSError):
+            self.wake()
+
+    # ---------------------------------------------------------------- its own
+
+    def _take_in(self, message: Message) -> None:
+        state = self._states[message.worker]
+        state.since = time.monotonic()
+        if isinstance(message, Chunk):
+            state.taken += 1
+        elif isinstance(message, Lost):
+            state.ended = state.lost = True
+        elif message.epoch == self.epoch:
+            state.ended = True
+        self._inbox.append(message)
+
+    def _late(self) -> Lost | None:
+        now, timeout = time.monotonic(), self.job.timeout
+        if timeout is None or now < self._look_again:
+            return None
+        self._look_again = now + _LOOK
+        for worker, state in enumerate(self._states[: self.active]):
+            idle = state.ended or state.lost or state.taken >= self._room(worker)
+            if not idle and now - state.since > timeout:
+                state.ended = state.lost = True
+                return Lost(
+                    worker,
+                    f"has delivered nothing for {timeout:g} s, expected a batch within timeout="
+                    f"{timeout:g} s. Find out what it waits for, or raise timeout",
+                    f"What it was doing:\n{self._doing(worker)}",
+                )
+        return None
+
+    # ---------------------------------------------------------------- for a kind of worker
+
+    @abstractmethod
+    def _start(self, worker: int) -> None:
+        """Starts worker number `worker` on pass `self.epoch`."""
+
+    @abstractmethod
+    def _receive(self, seconds: float) -> list[Message]:
+        """All messages that are there; waits up to `seconds` for the first."""
+
+    @abstractmethod
+    def _refill(self, worker: int, slots: tuple[int, ...]) -> None:
+        """A chunk's slots may be filled again."""
+
+    @abstractmethod
+    def _go_on(self, worker: int) -> None:
+        """The worker begins pass `self.epoch`."""
+
+    @abstractmethod
+    def _room(self, worker: int) -> int:
+        """Chunks that a worker can have under way."""
+
+    @abstractmethod
+    def _doing(self, worker: int) -> str:
+        """The lines of the user's code that it is in now."""
+
+    @abstractmethod
+    def _end(self, seconds: float) -> list[str]:
+        """Ends every worker, and gives back all that the pool holds."""

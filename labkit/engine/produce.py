@@ -1,0 +1,88 @@
+"""The one loop that walks an iterator, whatever runs it: a thread, a process."""
+
+import inspect
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, NamedTuple
+
+from labkit.engine.batches import ALONE, Arrays, BatchError, Spec, short
+
+
+class IteratorFactory:
+    """The user's factory, called with those of worker, n_workers and epoch that it names."""
+
+    def __init__(self, factory: Callable[..., Iterable[Any]], n_workers: int) -> None:
+        if not callable(factory):
+            raise TypeError(
+                f"QueueRunner: iterator must be a function that returns a new iterator, "
+                f"got {short(factory)}. Pass the function itself, without calling it: "
+                "QueueRunner(data.train_iterator), or lambda: iter(your_object)."
+            )
+        self.factory, self.n_workers = factory, n_workers
+        try:
+            names = set(inspect.signature(factory).parameters)
+        except (TypeError, ValueError):
+            names = set()
+        self.names = names & {"worker", "n_workers", "epoch"}
+
+    @property
+    def shards(self) -> bool:
+        return "n_workers" in self.names
+
+    def __call__(self, worker: int, epoch: int) -> Iterator[Any]:
+        known = {"worker": worker, "n_workers": self.n_workers, "epoch": epoch}
+        made: Any = self.factory(**{name: known[name] for name in self.names})
+        if getattr(made, "ndim", None) is not None:
+            raise TypeError(
+                f"the iterator factory returned an array of shape {tuple(made.shape)}, whose rows "
+                "would be taken for batches; expected an iterator of batches. Return one, such as "
+                "iter(np.array_split(array, number_of_batches))."
+            )
+        try:
+            return iter(made)
+        except TypeError:
+            raise TypeError(
+                f"the iterator factory returned {short(made)}, expected an iterator of batches."
+            ) from None
+
+
+class Made(NamedTuple):
+    """A batch's arrays, the spec that they fit, and the seconds that the iterator took."""
+
+    spec: Spec
+    arrays: Arrays
+    seconds: float
+
+
+def produce(
+    factory: IteratorFactory, worker: int, epoch: int, spec: Spec | None, copies: bool
+) -> Iterator[Made]:
+    """The batches of one pass, each as it was when it was yielded.
+
+    Args:
+        copies: whoever takes the arrays keeps them beyond the next batch, so what the iterator
+            could write into again is copied.
+    """
+    iterator = factory(worker, epoch)
+    began = time.perf_counter()
+    for batch in iterator:
+        alone = sys.getrefcount(batch) <= ALONE
+        try:
+            spec = spec or Spec.of(batch)
+            arrays = spec.take(batch, alone) if copies else spec.flatten(batch)
+        except BatchError as error:
+            error.add_note(_yielded_at(iterator))
+            raise
+        yield Made(spec, arrays, time.perf_counter() - began)
+        began = time.perf_counter()
+
+
+def _yielded_at(iterator: Iterator[Any]) -> str:
+    """The line of the user's generator that yielded the last batch."""
+    frame = getattr(iterator, "gi_frame", None)
+    if frame is None:
+        return ""
+    where = traceback.format_list(traceback.extract_stack(frame, limit=1))
+    return "It was yielded here:\n" + "".join(where)

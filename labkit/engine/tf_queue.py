@@ -1,0 +1,257 @@
+"""The RandomShuffleQueue, in a graph and without one: all that the engine knows of TensorFlow."""
+
+import contextlib
+import sys
+import types
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from labkit.engine.batches import Component, Spec
+from labkit.quiet import tf
+
+_v1 = tf.compat.v1
+_GROUPS = (32, 8, 1)
+_CLOSED = (tf.errors.OpError, RuntimeError)
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What a queue is made of: samples it holds, samples that stay behind, samples per batch."""
+
+    spec: Spec
+    batch_size: int
+    capacity: int
+    min_after_dequeue: int
+    seed: int | None
+
+    def new_queue(self) -> tf.queue.RandomShuffleQueue:
+        components = self.spec.components
+        return tf.queue.RandomShuffleQueue(
+            self.capacity,
+            self.min_after_dequeue,
+            [_tf_type(component) for component in components],
+            [component.shape for component in components],
+            seed=self.seed,
+        )
+
+
+class GraphQueue:
+    """The queue and its ops in the default graph; `attach` makes it the queue of one session."""
+
+    def __init__(self, shape: Shape) -> None:
+        self.spec, self._batch_size = shape.spec, shape.batch_size
+        spec = shape.spec
+        kinds = [_tf_type(c) for c in spec.components]
+        with tf.name_scope("queue_runner"):
+            self._queue = shape.new_queue()
+            self._feeds = [
+                _v1.placeholder(kind, (None, *c.shape))
+                for kind, c in zip(kinds, spec.components, strict=True)
+            ]
+            self._enqueue = self._queue.enqueue_many(self._feeds)
+            # Large samples are queued one by one, as they lie, where enqueue_many copies them while
+            # dequeues have to wait. In groups, since a call costs more than an op.
+            feeds, singles = [], []
+            for _ in range(_GROUPS[0] if spec.large else 0):
+                sample = [
+                    _v1.placeholder(k, c.shape) for k, c in zip(kinds, spec.components, strict=True)
+                ]
+                feeds += sample
+                singles.append(self._queue.enqueue(sample))
+            self._groups = [
+                (size, tf.group(singles[:size]), feeds[: size * len(kinds)])
+                for size in (_GROUPS if spec.large else ())
+            ]
+            self._close = self._queue.close()
+            self._cancel = self._queue.close(cancel_pending_enqueues=True)
+            self._size = self._queue.size()
+            self._drain = tf.group(self._queue.dequeue_up_to(self._batch_size))
+
+    def inputs(self) -> Any:
+        """The tensors of one batch, in the batch's structure."""
+        parts = self._queue.dequeue_up_to(self._batch_size)
+        return _shaped(self.spec, parts if isinstance(parts, list) else [parts])
+
+    def attach(self, sess: "tf.compat.v1.Session") -> "SessionQueue":
+        call = _in_callers_thread
+        return SessionQueue(
+            call(sess, self._enqueue, self._feeds),
+            [(size, call(sess, group, feeds)) for size, group, feeds in self._groups],
+            call(sess, self._close),
+            call(sess, self._cancel),
+            call(sess, self._size),
+            call(sess, self._drain),
+        )
+
+
+@dataclass(eq=False)
+class SessionQueue:
+    """A graph's queue in one session, by callables that are made before anything can go wrong."""
+
+    _enqueue: Callable[..., Any]
+    _groups: list[tuple[int, Callable[..., Any]]]
+    _close: Callable[[], Any]
+    _cancel: Callable[[], Any]
+    _size: Callable[[], Any]
+    _drain: Callable[[], Any]
+    _cancelled: bool = False
+
+    def enqueue(self, arrays: list[Any]) -> bool:
+        try:
+            if isinstance(arrays[0], np.ndarray):
+                self._enqueue(*arrays)
+                return True
+            samples = list(zip(*arrays, strict=True))
+            for size, call in self._groups:
+                while len(samples) >= size:
+                    call(*(part for sample in samples[:size] for part in sample))
+                    del samples[:size]
+            return True
+        except _CLOSED:
+            if self._cancelled:
+                return False
+            raise
+
+    def size(self) -> int:
+        try:
+            return int(self._size()[0])
+        except _CLOSED:
+            return 0
+
+    def close(self, cancel: bool) -> None:
+        self._cancelled |= cancel
+        with contextlib.suppress(*_CLOSED):
+            (self._cancel if cancel else self._close)()
+            while cancel and self.size():
+                self._drain()
+
+
+def _in_callers_thread(
+    sess: "tf.compat.v1.Session", op: tf.Operation | tf.Tensor, feeds: Iterable[tf.Tensor] = ()
+) -> Callable[..., Any]:
+    """A function that runs `op` in the thread that calls it, with an array for each of `feeds`.
+
+    In a session's own pool, often of one thread, it would wait for whatever the step runs there.
+    And `run` takes Python locks of the graph, which an interrupt in another `run` leaves locked.
+    """
+    from tensorflow.core.protobuf.config_pb2 import CallableOptions
+
+    options = CallableOptions(feed=[feed.name for feed in feeds])
+    (options.fetch if isinstance(op, tf.Tensor) else options.target).append(op.name)
+    options.run_options.inter_op_thread_pool = -1
+    # make_callable takes no such options, and run() takes longer than the enqueue itself.
+    return sess._make_callable_from_options(options)
+
+
+class EagerQueue:
+    """The same queue without a graph, one for each pass."""
+
+    def __init__(self, shape: Shape) -> None:
+        self._batch_size = shape.batch_size
+        self._cancelled = False
+        with tf.device("/CPU:0"):
+            self._queue = shape.new_queue()
+
+    @property
+    def handle(self) -> tf.Tensor:
+        return self._queue.queue_ref
+
+    def enqueue(self, arrays: list[Any]) -> bool:
+        try:
+            with tf.device("/CPU:0"):
+                if isinstance(arrays[0], np.ndarray):
+                    self._queue.enqueue_many(arrays)
+                    return True
+                for sample in zip(*arrays, strict=True):
+                    tf.raw_ops.QueueEnqueueV2(handle=self.handle, components=sample)
+            return True
+        except _CLOSED:
+            if self._cancelled:
+                return False
+            raise
+
+    def size(self) -> int:
+        try:
+            return int(self._queue.size())
+        except _CLOSED:
+            return 0
+
+    def close(self, cancel: bool) -> None:
+        self._cancelled |= cancel
+        with contextlib.suppress(*_CLOSED), tf.device("/CPU:0"):
+            self._queue.close(cancel_pending_enqueues=cancel)
+            while cancel and self.size():
+                self._queue.dequeue_up_to(self._batch_size)
+
+
+def dataset_of_passes(
+    shape: Shape,
+    open_pass: Callable[[], tuple[tf.Tensor, int]],
+    end_pass: Callable[[int], None],
+    batches: int | None,
+) -> tf.data.Dataset:
+    """A dataset whose every iteration is a pass: what comes out of a queue until it is closed.
+
+    Args:
+        open_pass: called at the start of an iteration; returns an EagerQueue's handle and the
+            number of the pass.
+        end_pass: called with that number when the queue has given its last batch; what it raises
+            the iteration raises.
+        batches: of a pass, if known.
+    """
+    kinds = [_tf_type(component) for component in shape.spec.components]
+    plain = tf.autograph.experimental.do_not_convert
+
+    def one_pass(_: tf.Tensor) -> tf.data.Dataset:
+        handle, number = tf.py_function(open_pass, [], [tf.resource, tf.int64])
+
+        def dequeue(_: tf.Tensor) -> Any:
+            parts = tf.raw_ops.QueueDequeueUpToV2(
+                handle=handle, n=shape.batch_size, component_types=kinds
+            )
+            return _shaped(shape.spec, parts)
+
+        def never(_: tf.Tensor) -> tf.Tensor:
+            return tf.ensure_shape(tf.py_function(ended, [number], tf.bool), [])
+
+        # The v1 map ends quietly where the queue is closed and empty; the v2 map would raise.
+        steps = _v1.data.Dataset.range(np.iinfo(np.int64).max).map(plain(dequeue))
+        # No element: a place at the end at which to raise.
+        return steps.concatenate(tf.data.Dataset.range(1).filter(plain(never)).map(plain(dequeue)))
+
+    def ended(number: tf.Tensor) -> bool:
+        end_pass(int(number))
+        return False
+
+    dataset = tf.data.Dataset.range(1).flat_map(plain(one_pass))
+    if batches is not None:
+        dataset = dataset.apply(tf.data.experimental.assert_cardinality(batches))
+    return dataset
+
+
+def keras_loop() -> tuple[str, int | None]:
+    """The innermost `fit`, `evaluate` or `predict` that runs now, and the steps that it was given.
+
+    Keras does not tell its data for whom they are, so the stacks are looked at.
+    """
+    for top in sys._current_frames().values():
+        frame: types.FrameType | None = top
+        while frame is not None:
+            name, file = frame.f_code.co_name, frame.f_code.co_filename
+            if name in ("fit", "evaluate", "predict") and file.endswith("trainer.py"):
+                given = frame.f_locals
+                return name, given.get("steps_per_epoch", given.get("steps"))
+            frame = frame.f_back
+    return "", None
+
+
+def _tf_type(component: Component) -> tf.DType:
+    return tf.string if component.is_text else tf.as_dtype(component.dtype)
+
+
+def _shaped(spec: Spec, parts: Iterable[tf.Tensor]) -> Any:
+    pairs = zip(spec.components, parts, strict=True)
+    return spec.pack(tf.ensure_shape(part, (None, *c.shape)) for c, part in pairs)

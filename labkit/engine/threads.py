@@ -1,0 +1,122 @@
+"""Workers as threads of this process: cheap, and enough for iterators that wait."""
+
+import queue
+import sys
+import threading
+import time
+import traceback
+
+from labkit.engine.messages import Chunk, Ended, Lost, Message
+from labkit.engine.pool import Job, Pool
+from labkit.engine.produce import produce
+from labkit.engine.tracebacks import describe, own_frames_left_out, readable
+
+_SLOTS = 2
+
+
+class _Seat:
+    """What one thread may do: how many chunks it may still hand over, of which pass."""
+
+    def __init__(self, epoch: int) -> None:
+        self.epoch: int | None = epoch  # None: it is to end
+        self._free = _SLOTS
+        self._changed = threading.Condition()
+
+    def take_slot(self, epoch: int) -> bool:
+        """Waits for a slot. False if the pass is not wanted any more."""
+        with self._changed:
+            while not self._free and self.epoch == epoch:
+                self._changed.wait()
+            if self.epoch != epoch:
+                return False
+            self._free -= 1
+            return True
+
+    def give_slot(self) -> None:
+        with self._changed:
+            self._free += 1
+            self._changed.notify()
+
+    def begin(self, epoch: int | None) -> None:
+        with self._changed:
+            self.epoch = epoch
+            self._changed.notify()
+
+    def await_pass_after(self, epoch: int) -> None:
+        with self._changed:
+            while self.epoch == epoch:
+                self._changed.wait()
+
+
+class ThreadPool(Pool):
+    """Each worker is a thread with two slots: one batch on its way, one being made ahead."""
+
+    def __init__(self, job: Job) -> None:
+        super().__init__(job)
+        self._messages: queue.SimpleQueue[Message | None] = queue.SimpleQueue()
+        self._seats: list[_Seat] = []
+        self._threads: list[threading.Thread] = []
+
+    def _start(self, worker: int) -> None:
+        seat = _Seat(self.epoch)
+        name = f"labkit worker {worker}"
+        thread = threading.Thread(target=self._work, args=(worker, seat), name=name, daemon=True)
+        self._seats.append(seat)
+        self._threads.append(thread)
+        thread.start()
+
+    def _work(self, worker: int, seat: _Seat) -> None:
+        try:
+            while (epoch := seat.epoch) is not None:
+                for made in produce(self.factory, worker, epoch, self.spec, self.job.copies):
+                    self.spec = self.spec or made.spec
+                    if not seat.take_slot(epoch):
+                        break
+                    self._messages.put(Chunk(worker, made.arrays, made.seconds, epoch))
+                else:
+                    self._messages.put(Ended(worker, epoch))
+                    seat.await_pass_after(epoch)
+        except BaseException as error:
+            if not self._stopping:
+                summary, text = describe(error)
+                self._messages.put(Lost(worker, summary, readable(text), error))
+
+    def _receive(self, seconds: float) -> list[Message]:
+        came: list[Message] = []
+        try:
+            message = (
+                self._messages.get(timeout=seconds) if seconds else self._messages.get_nowait()
+            )
+            while message is not None:
+                came.append(message)
+                message = self._messages.get_nowait()
+        except queue.Empty:
+            pass
+        return came
+
+    def _refill(self, worker: int, slots: tuple[int, ...]) -> None:
+        self._seats[worker].give_slot()
+
+    def _go_on(self, worker: int) -> None:
+        self._seats[worker].begin(self.epoch)
+
+    def _room(self, worker: int) -> int:
+        return _SLOTS
+
+    def wake(self) -> None:
+        self._messages.put(None)
+
+    def _doing(self, worker: int) -> str:
+        frame = sys._current_frames().get(self._threads[worker].ident or 0)
+        if frame is None:
+            return "it has ended\n"
+        return readable("".join(own_frames_left_out(traceback.extract_stack(frame)).format()))
+
+    def _end(self, seconds: float) -> list[str]:
+        for seat in self._seats:
+            seat.begin(None)
+        deadline = time.monotonic() + seconds
+        for thread in self._threads:
+            thread.join(max(0.0, deadline - time.monotonic()))
+        left = [i for i, thread in enumerate(self._threads) if thread.is_alive()]
+        return [f"worker {i} is still in your iterator:\n{self._doing(i)}" for i in left]

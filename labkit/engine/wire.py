@@ -1,0 +1,48 @@
+"""What goes over the socket between a worker process and the parent.
+
+worker ─► parent    ("first", (spec, rows))     its first batch, before the memory is laid out
+                    C epoch rows seconds slots  a chunk that lies in these slots of the ring
+                    ("chunk", (arrays, ...))    a chunk of text, which no ring can hold
+                    ("ended", epoch)            its pass is over
+                    ("failed", (...))           its iterator raised
+parent ─► worker    (code, sizes, spec, ...)    what to run
+                    layout | None               the ring, in answer to "first"
+                    F slots                     to be filled again
+                    E epoch                     begin this pass
+hang-up             the parent is gone: the worker ends; the worker is gone: it died
+"""
+
+import struct
+
+import numpy as np
+
+_CHUNK = struct.Struct("<cqQd")
+_EPOCH = struct.Struct("<cq")
+_SLOT = np.dtype("<u2")
+
+
+def pack_chunk(epoch: int, rows: int, seconds: float, slots: list[int]) -> bytes:
+    return _CHUNK.pack(b"C", epoch, rows, seconds) + np.array(slots, _SLOT).tobytes()
+
+
+def unpack_chunk(data: bytes) -> tuple[int, int, float, tuple[int, ...]] | None:
+    """Epoch, rows, seconds and slots; None if it is no chunk in a ring."""
+    if data[:1] != b"C":
+        return None
+    _, epoch, rows, seconds = _CHUNK.unpack_from(data)
+    return epoch, rows, seconds, tuple(np.frombuffer(data, _SLOT, offset=_CHUNK.size).tolist())
+
+
+def pack_free(slots: tuple[int, ...]) -> bytes:
+    return b"F" + np.array(slots, _SLOT).tobytes()
+
+
+def pack_epoch(epoch: int) -> bytes:
+    return _EPOCH.pack(b"E", epoch)
+
+
+def unpack_order(data: bytes) -> tuple[int | None, list[int]]:
+    """The pass to begin, or the slots that are free again."""
+    if data[:1] == b"E":
+        return _EPOCH.unpack(data)[1], []
+    return None, np.frombuffer(data, _SLOT, offset=1).tolist()

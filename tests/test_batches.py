@@ -1,0 +1,322 @@
+"""A batch is delivered as it was when it was yielded, whatever it was made of."""
+
+import itertools
+import sys
+
+import cloudpickle
+import numpy as np
+import pytest
+
+from labkit import Component, QueueRunner, WorkerError
+from labkit.engine.batches import ALONE, Spec
+from labkit.engine.produce import IteratorFactory, produce
+from labkit.quiet import tf
+from tests.consumers import in_dataset
+
+SMALL = {"capacity": 64, "min_after_dequeue": 0}
+# A worker process that had to import this file would import TensorFlow with it.
+cloudpickle.register_pickle_by_value(sys.modules[__name__])
+
+
+@pytest.fixture(params=["thread", "process"])
+def workers(request):
+    return request.param
+
+
+def column(batches, part=0):
+    return [value for batch in batches for value in np.ravel(batch[part]).tolist()]
+
+
+# -- a buffer that is used again -----------------------------------------------------------------
+
+
+def same_array(total):
+    x = np.zeros(1, int)
+    for k in range(total):
+        x[0] = k
+        yield (x,)
+
+
+def a_view_of_it(total):
+    buffer = np.zeros(100, int)
+    for k in range(total):
+        buffer[:] = k
+        yield (buffer[k : k + 1],)
+
+
+def shuffled_in_place(total):
+    x, rng = np.arange(total), np.random.default_rng(0)
+    for k in range(total):
+        x.sort()
+        yield (x[k : k + 1],)
+        rng.shuffle(x)
+
+
+def held_in_the_tuple_alone(total):
+    batch = (np.zeros(1, int),)
+    for k in range(total):
+        batch[0][0] = k
+        yield batch
+
+
+def through_a_memoryview(total):
+    memory = bytearray(8)
+    for k in range(total):
+        memory[:] = np.int64(k).tobytes()
+        yield (np.frombuffer(memory, np.int64),)
+
+
+def seen_by_another_view(total):
+    whole = np.zeros(1, int)
+    view = whole[:]
+    del whole
+    for k in range(total):
+        view.base[0] = k
+        yield (view[:],)
+
+
+REUSED = [
+    same_array, a_view_of_it, shuffled_in_place, held_in_the_tuple_alone, through_a_memoryview,
+    seen_by_another_view,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("reuse", REUSED)
+def test_a_buffer_that_is_used_again_changes_no_batch(consume, workers, reuse):
+    runner = QueueRunner(lambda: reuse(40), 1, 1, workers, **SMALL)
+    assert sorted(column(consume(runner))) == list(range(40))
+
+
+def test_it_changes_none_in_nested_structures_and_several_threads(consume):
+    def factory(worker, n_workers):
+        x, y = np.zeros((2, 3)), np.zeros(2, np.int64)
+        for k in range(worker, 60, n_workers):
+            x[:], y[:] = k, k
+            yield {"a": (x, {"b": y}), "c": x[:, 0]}
+
+    batches = consume(QueueRunner(factory, 2, 3, **SMALL))
+    found = [int(k) for batch in batches for k in batch["a"][1]["b"]]
+    assert sorted(found) == sorted([*range(60)] * 2)
+    for batch in batches:
+        k = batch["a"][1]["b"]
+        assert (batch["a"][0] == k[:, None]).all() and (batch["c"] == k).all()
+
+
+def test_what_tensors_and_subclasses_show_is_copied_too():
+    variable = tf.Variable(np.zeros(1, np.int64))
+
+    class Mine(np.ndarray):
+        pass
+
+    def factory():
+        mine = np.zeros(1, np.int64).view(Mine)
+        for k in range(20):
+            variable.assign([k])
+            mine[0] = k
+            yield variable, mine
+
+    batches = in_dataset(QueueRunner(factory, 1, **SMALL))
+    assert sorted(column(batches)) == sorted(column(batches, 1)) == list(range(20))
+
+
+def produced(factory):
+    """The arrays that a thread would hand on."""
+    return [made.arrays for made in produce(IteratorFactory(factory, 1), 0, 0, None, True)]
+
+
+def test_an_array_that_nobody_else_has_is_not_copied():
+    addresses = []
+
+    def made(rows):
+        array = np.full((rows, 2), 7.0)
+        addresses.append(array.ctypes.data)
+        return array
+
+    def inline():
+        for _ in range(3):
+            yield made(2), {"a": made(4)[2:], "b": (made(4)[::2], made(2).T)}
+
+    kept = [array for arrays in produced(inline) for array in arrays]
+    # Views of what nobody has are nobody's as well.
+    bases = [array if array.base is None else array.base for array in kept]
+    assert [base.ctypes.data for base in bases] == addresses
+
+
+@pytest.mark.parametrize("reuse", REUSED)
+def test_an_array_that_somebody_has_is_copied(reuse):
+    arrays = [arrays[0] for arrays in produced(lambda: reuse(5))]
+    assert [int(array[0]) for array in arrays] == list(range(5))
+    assert not any(np.shares_memory(a, b) for a, b in itertools.combinations(arrays, 2))
+
+
+def test_reuses_buffers_false_saves_the_copy():
+    shared = np.zeros((4, 2))
+
+    def factory():
+        yield (shared,)
+
+    job = IteratorFactory(factory, 1)
+    (made,) = produce(job, 0, 0, None, copies=False)
+    assert np.shares_memory(made.arrays[0], shared)
+    (made,) = produce(job, 0, 0, None, copies=True)
+    assert not np.shares_memory(made.arrays[0], shared)
+    # TensorFlow takes aligned memory as it lies: the copy is the only one.
+    assert made.arrays[0].ctypes.data % 64 == 0
+    batches = in_dataset(QueueRunner(factory, 4, reuses_buffers=False, **SMALL))
+    assert np.array_equal(batches[0][0], shared)
+
+
+def test_the_count_of_references_tells_one_from_two():
+    alone, shared = np.zeros(3), np.zeros(3)
+    held = [shared]
+    batch = (alone, shared)
+    del alone
+    (first, second) = Spec.of(batch).take(batch, alone=True)
+    assert np.shares_memory(first, batch[0]) and not np.shares_memory(second, held[0])
+    assert ALONE >= 1
+
+
+# -- byte order ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("order", [">", "<", "="])
+def test_arrays_of_either_byte_order_come_out_as_they_are(consume, workers, order):
+    kinds = ("f2", "f4", "f8", "i2", "i4", "i8", "u2", "u4", "c8")
+    numbers = np.arange(1, 9)
+
+    def factory():
+        yield {kind: numbers.astype(order + kind) for kind in kinds}
+
+    (batch,) = consume(QueueRunner(factory, 8, 1, workers, **SMALL))
+    for kind in kinds:
+        assert sorted(batch[kind].real.tolist()) == numbers.tolist()
+        assert batch[kind].dtype == np.dtype(kind)
+
+
+def test_after_one_byte_order_the_other_fits_too(consume, workers):
+    def factory():
+        for order in "><=>":
+            yield np.arange(4).astype(order + "i4"), {"y": np.ones((4, 2)).astype(order + "f8")}
+
+    batches = consume(QueueRunner(factory, 4, 1, workers, **SMALL))
+    assert sorted(column(batches)) == sorted([*range(4)] * 4)
+    assert all((batch[1]["y"] == 1).all() for batch in batches)
+
+
+def test_a_given_spec_may_name_either_byte_order(consume):
+    spec = (Component("x", (), ">i4"),)
+    (batch,) = consume(
+        QueueRunner(lambda: iter([(np.arange(4, dtype="<i4"),)]), 4, spec=spec, **SMALL)
+    )
+    assert sorted(batch[0].tolist()) == [0, 1, 2, 3]
+    assert spec[0].dtype == np.int32 and spec[0].dtype.isnative
+
+
+# -- lists ---------------------------------------------------------------------------------------
+
+
+def test_text_in_a_list_keeps_its_zeros(consume, workers):
+    def factory():
+        yield {"b": [b"a\0", b"\0", b"bc\0\0"], "s": ["a\0", "\0", "b"], "n": [1, 2, 3]}
+        yield {"b": np.array([b"x", b"y", b"z"]), "s": np.array(["x", "y", "z"]), "n": [4, 5, 6]}
+
+    batches = consume(QueueRunner(factory, 3, 1, workers, **SMALL))
+    found = {
+        int(n): (b, s)
+        for batch in batches
+        for b, s, n in zip(batch["b"], batch["s"], batch["n"], strict=True)
+    }
+    assert [found[n] for n in (1, 2, 3)] == [(b"a\0", b"a\0"), (b"\0", b"\0"), (b"bc\0\0", b"b")]
+    assert [found[n] for n in (4, 5, 6)] == [(b"x", b"x"), (b"y", b"y"), (b"z", b"z")]
+
+
+def test_text_in_nested_lists_keeps_its_zeros():
+    pairs = [[b"a\0", b"b"], [b"c", b"d\0"]]
+    (batch,) = in_dataset(QueueRunner(lambda: iter([(pairs,)]), 2, **SMALL))
+    assert sorted(batch[0].tolist()) == pairs
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        lambda x: [x, x],
+        lambda x: (x, [x, x]),
+        lambda x: {"x": [[x], [x]]},
+        lambda x: [tf.constant(x), tf.constant(x)],
+    ],
+)
+def test_a_list_of_arrays_is_no_batch(consume, wrong):
+    def pairs():
+        yield wrong(np.ones((2, 2), np.float32))
+
+    with pytest.raises(
+        WorkerError, match=r"(?s)a list of 2 arrays.*Yield a tuple, \(x, y\)"
+    ) as caught:
+        consume(QueueRunner(pairs, 2, **SMALL))
+    assert "yield wrong(np.ones" in str(caught.value)
+
+
+def test_a_list_of_arrays_is_none_later_either(workers):
+    def pairs():
+        yield (np.ones((2, 2)),)
+        yield ([np.ones(2), np.ones(2)],)
+
+    with pytest.raises(WorkerError, match=r"(?s)a list of 2 arrays.*It was yielded here"):
+        in_dataset(QueueRunner(pairs, 2, 1, workers, **SMALL))
+
+
+def test_a_list_of_numbers_is_an_array(consume):
+    (batch,) = consume(QueueRunner(lambda: iter([([1, 2], [[1.0, 2.0], [3.0, 4.0]])]), 2, **SMALL))
+    assert sorted(batch[0].tolist()) == [1, 2] and batch[1].shape == (2, 2)
+
+
+@pytest.mark.parametrize("make", [np.asarray, tf.constant])
+def test_an_array_in_place_of_an_iterator_is_refused(consume, make):
+    rows = make(np.ones((6, 4, 2), np.float32))
+    with pytest.raises(WorkerError, match=r"array of shape \(6, 4, 2\), whose rows would be taken"):
+        consume(QueueRunner(lambda: rows, 4, **SMALL))
+
+
+def test_a_list_of_batches_is_an_iterable_of_them(consume):
+    batches = consume(QueueRunner(lambda: np.split(np.arange(12), 3), 4, **SMALL))
+    assert sorted(i for batch in batches for i in np.ravel(batch).tolist()) == list(range(12))
+
+
+# -- the same numbers in every worker ------------------------------------------------------------
+
+
+def test_workers_that_begin_with_the_same_batch_are_warned_about_once(workers):
+    rng = np.random.default_rng(0)
+
+    def noise():
+        for _ in range(20):
+            yield (rng.normal(size=(4, 3)),)
+
+    def fixed():
+        own = np.random.default_rng(0)
+        for _ in range(20):
+            yield (own.normal(size=(4, 3)),)
+
+    factory = noise if workers == "process" else fixed
+    with pytest.warns(RuntimeWarning, match=r"equal to the last bit.*default_rng") as said:
+        in_dataset(QueueRunner(factory, 4, 3, workers, **SMALL))
+    assert len([w for w in said if "equal to the last bit" in str(w.message)]) == 1
+
+
+def test_workers_that_begin_apart_or_share_are_not(workers, recwarn):
+    def apart(worker):
+        own = np.random.default_rng([0, worker])
+        for _ in range(10):
+            yield (own.normal(size=(4, 3)),)
+
+    def shares(worker, n_workers):
+        for _ in range(10):
+            yield (np.zeros((4, 3)),)
+
+    def one():
+        for _ in range(10):
+            yield (np.zeros((4, 3)),)
+
+    for factory, n in ((apart, 3), (shares, 3), (one, 1)):
+        in_dataset(QueueRunner(factory, 4, n, workers, **SMALL))
+    assert not [w for w in recwarn if "equal to the last bit" in str(w.message)]
