@@ -4,7 +4,6 @@ workers ──chunks──► feeder thread ──enqueue_many──► RandomSh
 """
 
 import collections
-import functools
 import threading
 import warnings
 import weakref
@@ -70,7 +69,7 @@ class QueueRunner:
             thread copies each batch to which anybody but the yielded tuple refers. False saves
             that copy. Default True.
 
-    Attributes:
+    Attributes: each argument but `samples`, as it was given, and
         error: the WorkerError that ended the run, or None.
         samples: how many were put into the queue in this pass.
         delivering: numbers of the workers that have delivered since the start.
@@ -102,14 +101,23 @@ class QueueRunner:
         self._options = Options(**given)
         self.n_workers = n_workers
         self._feeder: Feeder | None = None
-        self._end_of_workers: weakref.finalize | None = None
+        # Both end when nobody has this runner any more.
+        self._workers_end: weakref.finalize | None = None
+        self._ear_closes: weakref.finalize | None = None
         self._graph: GraphQueue | None = None
         self._queue: SessionQueue | EagerQueue | None = None
         self._pass = -1  # the number of the newest
         # An iterator that is still at one of these is told so, not that its queue is missing.
         self._passed: collections.deque[EagerQueue] = collections.deque(maxlen=8)
-        self._left = self._listening = self._told = False
+        self._left = self._told = False
         self._lock = threading.RLock()
+
+    def __getattr__(self, name: str) -> Any:
+        # Not `self._options`: while unpickled or half made, that would ask for itself for ever.
+        options = self.__dict__.get("_options")
+        if options is None or name.startswith("_"):
+            raise AttributeError(f"'QueueRunner' object has no attribute {name!r}")
+        return getattr(options, name)
 
     # ------------------------------------------------------------------ graph mode
 
@@ -202,9 +210,17 @@ class QueueRunner:
         self._left = False
         shape = self._shape()
         self._listen()
-        return dataset_of_passes(
-            shape, functools.partial(self._open_pass, shape), self._end_pass, self._batches()
+        # TensorFlow keeps the functions of a dataset for ever, so they know of the runner weakly;
+        # the dataset, and with it whatever is derived from it, keeps the runner.
+        begin, end = weakref.WeakMethod(self._open_pass), weakref.WeakMethod(self._end_pass)
+        dataset = dataset_of_passes(
+            shape,
+            lambda: _still(begin)(shape),
+            lambda number: _still(end)(number),
+            self._batches(),
         )
+        dataset._labkit_runner = self
+        return dataset
 
     def _open_pass(self, shape: Shape) -> tuple[tf.Tensor, int]:
         with self._lock:
@@ -281,12 +297,13 @@ class QueueRunner:
                 feeder.begin_stop()  # whoever has the lock may wait for a batch
             with self._lock:
                 left = [] if self._feeder is None else self._feeder.stop()
-                if self._end_of_workers is not None:
-                    self._end_of_workers.detach()
                 self._queue = None
-                if self._listening:
-                    self._listening = False
-                    interrupts.ear.close()
+                self._passed.clear()
+                if self._workers_end is not None:
+                    self._workers_end.detach()
+                if self._ear_closes is not None:
+                    self._ear_closes()
+                    self._ear_closes = None
             interrupts.ear.tidy()
         if left:
             warnings.warn(
@@ -332,8 +349,9 @@ class QueueRunner:
                     feeder = self._feeder = self._options.feeder(
                         self.n_workers, spec, self._pass + 1
                     )
-                    # Nobody else would end them after an interrupt between get_inputs and start.
-                    self._end_of_workers = weakref.finalize(self, feeder.stop)
+                    if self._workers_end is not None:
+                        self._workers_end.detach()
+                    self._workers_end = weakref.finalize(self, feeder.stop)
             return feeder
 
     def _shape(self) -> Shape:
@@ -350,6 +368,13 @@ class QueueRunner:
         )
 
     def _listen(self) -> None:
-        if not self._listening:
-            self._listening = True
+        if self._ear_closes is None:
             interrupts.ear.open()
+            self._ear_closes = weakref.finalize(self, interrupts.ear.close)
+
+
+def _still(method: weakref.WeakMethod) -> Callable[..., Any]:
+    found = method()
+    if found is None:
+        raise WorkerError("QueueRunner: the runner of this dataset is gone, and its workers.")
+    return found

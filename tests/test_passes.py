@@ -134,26 +134,27 @@ def test_an_iterator_that_several_passes_have_overtaken_is_told_too():
 
 
 def test_an_iterator_that_was_waiting_when_another_began_is_told():
+    told, older_was_told = [], threading.Event()
+
     def dries_up(epoch):
         yield (np.zeros(8),)
-        time.sleep(0.3 if epoch == 0 else 0.0)
-
-    told = []
+        if epoch == 0:
+            older_was_told.wait(20)
 
     def waits(iterator):
         try:
             list(iterator)
         except tf.errors.OpError as error:
             told.append(str(error))
+        older_was_told.set()
 
     with QueueRunner(dries_up, 8, capacity=64, min_after_dequeue=0) as runner:
-        older = iter(runner.dataset())
+        older, data = iter(runner.dataset()), runner.dataset()
         next(older)
         waiting = threading.Thread(target=waits, args=(older,))
         waiting.start()
-        time.sleep(0.05)
-        assert len(list(runner.dataset())) == 1
-        waiting.join(10)
+        assert len(list(data)) == 1
+        waiting.join(20)
     assert len(told) == 1 and "another iteration" in told[0]
 
 

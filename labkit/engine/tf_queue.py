@@ -1,8 +1,12 @@
 """The RandomShuffleQueue, in a graph and without one: all that the engine knows of TensorFlow."""
 
+import collections
 import contextlib
+import itertools
+import os
 import sys
 import types
+import weakref
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +18,7 @@ from labkit.quiet import tf
 
 _v1 = tf.compat.v1
 _GROUPS = (32, 8, 1)
+_RESTING = 64
 _CLOSED = (tf.errors.OpError, RuntimeError)
 
 
@@ -146,24 +151,56 @@ def _in_callers_thread(
     return sess._make_callable_from_options(options)
 
 
+class _Names:
+    """Names for eager queues, used again: TensorFlow keeps a kernel for ever for each that it saw.
+
+    A queue that is alive has a name of its own, since two of one name would be one queue. A name
+    rests long after its queue is gone, since a forgotten iterator may still have it.
+    """
+
+    def __init__(self) -> None:
+        self._resting: collections.deque[str] = collections.deque()
+        self._made = itertools.count()
+
+    def take(self) -> str:
+        with contextlib.suppress(IndexError):
+            if len(self._resting) > _RESTING:
+                return self._resting.popleft()
+        return f"labkit_{os.getpid()}_{next(self._made)}"
+
+    def give_back(self, name: str) -> None:
+        self._resting.append(name)
+
+
+_names = _Names()
+
+
 class EagerQueue:
     """The same queue without a graph, one for each pass."""
 
     def __init__(self, shape: Shape) -> None:
-        self._batch_size = shape.batch_size
-        self._cancelled = False
+        self._batch_size, self._cancelled = shape.batch_size, False
+        self._kinds = [_tf_type(component) for component in shape.spec.components]
+        seeds = _v1.get_seed(shape.seed)
+        name = _names.take()
         with tf.device("/CPU:0"):
-            self._queue = shape.new_queue()
-
-    @property
-    def handle(self) -> tf.Tensor:
-        return self._queue.queue_ref
+            # Not tf.queue.RandomShuffleQueue: each of those costs 37 KB for ever.
+            self.handle = tf.raw_ops.RandomShuffleQueueV2(
+                component_types=self._kinds,
+                shapes=[component.shape for component in shape.spec.components],
+                capacity=shape.capacity,
+                min_after_dequeue=shape.min_after_dequeue,
+                seed=seeds[0] or 0,
+                seed2=seeds[1] or 0,
+                shared_name=name,
+            )
+        weakref.finalize(self, _destroy, self.handle, name).atexit = False
 
     def enqueue(self, arrays: list[Any]) -> bool:
         try:
             with tf.device("/CPU:0"):
                 if isinstance(arrays[0], np.ndarray):
-                    self._queue.enqueue_many(arrays)
+                    tf.raw_ops.QueueEnqueueManyV2(handle=self.handle, components=arrays)
                     return True
                 for sample in zip(*arrays, strict=True):
                     tf.raw_ops.QueueEnqueueV2(handle=self.handle, components=sample)
@@ -175,16 +212,25 @@ class EagerQueue:
 
     def size(self) -> int:
         try:
-            return int(self._queue.size())
+            with tf.device("/CPU:0"):
+                return int(tf.raw_ops.QueueSizeV2(handle=self.handle))
         except _CLOSED:
             return 0
 
     def close(self, cancel: bool) -> None:
         self._cancelled |= cancel
         with contextlib.suppress(*_CLOSED), tf.device("/CPU:0"):
-            self._queue.close(cancel_pending_enqueues=cancel)
+            tf.raw_ops.QueueCloseV2(handle=self.handle, cancel_pending_enqueues=cancel)
             while cancel and self.size():
-                self._queue.dequeue_up_to(self._batch_size)
+                tf.raw_ops.QueueDequeueUpToV2(
+                    handle=self.handle, n=self._batch_size, component_types=self._kinds
+                )
+
+
+def _destroy(handle: tf.Tensor, name: str) -> None:
+    with contextlib.suppress(*_CLOSED), tf.device("/CPU:0"):
+        tf.raw_ops.DestroyResourceOp(resource=handle)
+    _names.give_back(name)
 
 
 def dataset_of_passes(

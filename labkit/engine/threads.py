@@ -116,7 +116,9 @@ class ThreadPool(Pool):
         for seat in self._seats:
             seat.begin(None)
         deadline = time.monotonic() + seconds
-        for thread in self._threads:
+        # The last one that had the runner may have been a worker's own thread.
+        others = [thread for thread in self._threads if thread is not threading.current_thread()]
+        for thread in others:
             thread.join(max(0.0, deadline - time.monotonic()))
         left = [i for i, thread in enumerate(self._threads) if thread.is_alive()]
         return [f"worker {i} is still in your iterator:\n{self._doing(i)}" for i in left]

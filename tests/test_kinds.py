@@ -1,0 +1,219 @@
+"""A kind of worker is one class and one line: a third kind, made here, does all that the others do.
+
+Its workers have no thread of their own: they run in the feeder's, one batch at a time.
+"""
+
+import threading
+import warnings
+
+import numpy as np
+import pytest
+
+from labkit import QueueRunner, WorkerError
+from labkit.engine import KINDS, Kind
+from labkit.engine.messages import Chunk, Ended, Lost
+from labkit.engine.pool import Pool
+from labkit.engine.produce import produce
+from labkit.engine.tracebacks import describe
+from labkit.quiet import tf
+
+SMALL = {"capacity": 64, "min_after_dequeue": 8}
+
+
+class InlinePool(Pool):
+    def __init__(self, job):
+        super().__init__(job)
+        self._passes, self._slots, self._epochs = [], [], []
+        self._something = threading.Event()
+
+    def _start(self, worker):
+        self._passes.append(None)
+        self._slots.append(1)
+        self._epochs.append(self.epoch)
+        self._go_on(worker)
+
+    def _receive(self, seconds):
+        ready = [i for i, batches in enumerate(self._passes) if batches and self._slots[i]]
+        if not ready:
+            self._something.wait(seconds)
+        self._something.clear()
+        return [self._next(worker) for worker in ready]
+
+    def _next(self, worker):
+        try:
+            made = next(self._passes[worker], None)
+        except Exception as error:
+            self._passes[worker] = None
+            return Lost(worker, *describe(error), error)
+        if made is None:
+            self._passes[worker] = None
+            return Ended(worker, self._epochs[worker])
+        self.spec = self.spec or made.spec
+        self._slots[worker] -= 1
+        return Chunk(worker, made.arrays, made.seconds, self._epochs[worker])
+
+    def _refill(self, worker, slots):
+        self._slots[worker] += 1
+
+    def _go_on(self, worker):
+        self._epochs[worker] = self.epoch
+        self._passes[worker] = produce(self.factory, worker, self.epoch, self.spec, True)
+
+    def _room(self, worker):
+        return 1
+
+    def _doing(self, worker):
+        return "it runs in the feeder's thread\n"
+
+    def wake(self):
+        self._something.set()
+
+    def _end(self, seconds):
+        self._passes.clear()
+        return []
+
+
+@pytest.fixture(params=[*KINDS, "inline"])
+def workers(request, monkeypatch):
+    monkeypatch.setitem(KINDS, "inline", Kind(InlinePool, lambda: 4, "inline workers"))
+    return request.param
+
+
+def shares(total, chunk):
+    def factory(worker, n_workers, epoch):
+        for at in range(worker * chunk, total, n_workers * chunk):
+            index = np.arange(at, min(at + chunk, total))
+            yield index + 1000 * epoch, {"pair": np.stack([index, -index], 1)}
+
+    return factory
+
+
+def test_each_sample_comes_once_in_its_structure(consume, workers):
+    batches = consume(QueueRunner(shares(100, 7), 8, 3, workers, **SMALL))
+    assert sorted(i for index, _ in batches for i in index.tolist()) == list(range(100))
+    assert all((more["pair"] == np.stack([index, -index], 1)).all() for index, more in batches)
+
+
+def test_passes_begin_afresh_and_end(workers):
+    with QueueRunner(shares(100, 7), 8, 3, workers, **SMALL) as runner:
+        data = runner.dataset()
+        for epoch in range(4):
+            taken = data.take(3) if epoch % 2 else data
+            index = sorted(int(i) for part, _ in taken for i in part)
+            assert len(index) == (24 if epoch % 2 else 100)
+            assert {i // 1000 for i in index} == {epoch}
+
+
+def test_an_exception_comes_with_its_cause_and_traceback(consume, workers):
+    def breaks(worker):
+        yield (np.full(8, worker),)
+        if worker:
+            raise LookupError("no such file")
+        yield (np.full(8, worker),)
+
+    with pytest.raises(WorkerError) as caught:
+        consume(QueueRunner(breaks, 8, 2, workers, **SMALL))
+    assert caught.value.worker == 1
+    assert isinstance(caught.value.__cause__, LookupError)
+    assert caught.value.__cause__.args == ("no such file",)
+    assert 'raise LookupError("no such file")' in str(caught.value)
+    assert "engine" not in str(caught.value)
+
+
+def test_a_cause_that_cannot_travel_is_told_by_type_and_text(consume, workers):
+    class StubbornError(Exception):
+        def __reduce__(self):
+            raise TypeError("not me")
+
+    def breaks():
+        yield (np.zeros(8),)
+        raise StubbornError("stays at home")
+
+    with pytest.raises(WorkerError, match="raised StubbornError: stays at home") as caught:
+        consume(QueueRunner(breaks, 8, 1, workers, **SMALL))
+    assert "StubbornError: stays at home" in repr(caught.value.__cause__) or isinstance(
+        caught.value.__cause__, StubbornError
+    )
+
+
+def test_an_error_of_a_class_of_the_users_own_keeps_its_class_and_attributes(workers):
+    class DamagedError(Exception):
+        def __init__(self, path):
+            super().__init__(f"{path} is damaged")
+            self.path = path
+
+        def __reduce__(self):
+            return type(self), (self.path,)
+
+    def breaks():
+        yield (np.zeros(8),)
+        raise DamagedError("images/17.png")
+
+    with (
+        pytest.raises(WorkerError) as caught,
+        QueueRunner(breaks, 8, 1, workers, **SMALL) as runner,
+    ):
+        list(runner.dataset())
+    assert type(caught.value.__cause__).__name__ == "DamagedError"
+    assert caught.value.__cause__.path == "images/17.png"
+
+
+def test_a_misfit_and_an_end_at_once_are_named(consume, workers):
+    def misfit():
+        yield (np.zeros((4, 2)),)
+        yield (np.zeros((4, 3)),)
+
+    with pytest.raises(WorkerError, match=r"shape \(4, 3\), expected \(n, 2\)"):
+        consume(QueueRunner(misfit, 4, 1, workers, **SMALL))
+    with pytest.raises(WorkerError, match="ended before its first batch"):
+        consume(QueueRunner(lambda: iter(()), 4, 2, workers, **SMALL))
+
+
+def test_continue_goes_on_without_the_lost_worker(workers):
+    def factory(worker, n_workers):
+        if worker == 1:
+            raise OSError("no disk")
+        yield from shares(40, 4)(0, 1, 0)
+
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        runner = QueueRunner(factory, 8, 2, workers, on_error="continue", **SMALL)
+        with runner:
+            index = sorted(int(i) for part, _ in runner.dataset() for i in part)
+    assert index == list(range(40))
+    assert len([w for w in said if "Going on with the other" in str(w.message)]) == 1
+
+
+def test_auto_starts_more_where_they_are_needed(workers, capsys):
+    runner = QueueRunner(shares(400, 4), 8, "auto", workers, max_workers=3, **SMALL)
+    with runner:
+        assert sorted(int(i) for part, _ in runner.dataset() for i in part) == list(range(400))
+
+
+def test_a_runner_is_stopped_while_its_queue_is_full(workers):
+    def endless():
+        while True:
+            yield (np.zeros(8),)
+
+    runner = QueueRunner(endless, 8, 2, workers, **SMALL)
+    next(iter(runner.dataset()))
+    runner.stop()
+    runner.stop()
+    assert runner.depth() == 0
+
+
+def test_the_list_of_kinds_is_named_where_a_wrong_one_is_refused(workers):
+    with pytest.raises(ValueError, match=r"'thread' or 'process'.*got 'actor'"):
+        QueueRunner(shares(8, 8), 8, 1, "actor")
+
+
+def test_tensors_of_the_third_kind_feed_keras(workers):
+    def points():
+        for _ in range(6):
+            yield np.ones((8, 1), np.float32), np.ones((8, 1), np.float32)
+
+    model = tf.keras.Sequential([tf.keras.Input((1,)), tf.keras.layers.Dense(1)])
+    model.compile("sgd", "mse")
+    with QueueRunner(points, 8, 1, workers, **SMALL) as runner:
+        history = model.fit(runner.dataset(), epochs=2, verbose=0, shuffle=False)
+    assert len(history.history["loss"]) == 2

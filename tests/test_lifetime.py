@@ -1,0 +1,276 @@
+"""How long things live: runners that nobody has, what keeps them, what worker processes leave."""
+
+import gc
+import os
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+from pathlib import Path
+
+import cloudpickle
+import numpy as np
+import psutil
+import pytest
+
+from labkit import QueueRunner, WorkerError
+from labkit.engine.batches import Spec
+from labkit.engine.tf_queue import EagerQueue, Shape
+from labkit.quiet import tf
+
+ROOT = Path(__file__).parents[1]
+SMALL = {"capacity": 64, "min_after_dequeue": 8}
+# A worker process that had to import this file would import TensorFlow with it.
+cloudpickle.register_pickle_by_value(sys.modules[__name__])
+
+
+@pytest.fixture(params=["thread", "process"])
+def workers(request):
+    return request.param
+
+
+def endless():
+    while True:
+        yield np.ones((8, 1), np.float32), np.ones((8, 1), np.float32)
+
+
+def ten():
+    for _ in range(10):
+        yield np.ones((8, 1), np.float32), np.ones((8, 1), np.float32)
+
+
+def what_is_there():
+    gc.collect()
+    return {
+        "threads": sorted(t.name for t in threading.enumerate() if t.name.startswith("labkit")),
+        "children": sorted(child.pid for child in psutil.Process().children(True)),
+        "descriptors": len(os.listdir("/proc/self/fd")),
+    }
+
+
+def assert_back_to(before, seconds=5.0):
+    deadline = time.monotonic() + seconds
+    while (now := what_is_there()) != before and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert now == before
+
+
+def test_a_cell_that_is_run_twenty_times_without_with_leaves_nothing(workers):
+    def cell():
+        runner = QueueRunner(endless, 8, 2, workers, **SMALL)
+        for _ in runner.dataset().take(3):
+            pass
+
+    cell()
+    before = what_is_there()
+    for _ in range(20 if workers == "thread" else 5):
+        cell()
+    assert_back_to(before)
+
+
+def test_a_name_that_is_given_anew_ends_the_workers_of_the_old_one(workers):
+    before = what_is_there()
+    runner = QueueRunner(endless, 8, 2, workers, **SMALL)
+    dataset = runner.dataset()
+    next(iter(dataset))
+    del runner
+    assert next(iter(dataset)) is not None  # the dataset still has it
+    del dataset
+    assert_back_to(before)
+
+
+@pytest.fixture
+def line():
+    model = tf.keras.Sequential([tf.keras.Input((1,)), tf.keras.layers.Dense(1)])
+    model.compile("sgd", "mse")
+    return model
+
+
+DERIVED = {
+    "itself": lambda dataset: dataset,
+    "prefetch": lambda dataset: dataset.prefetch(2),
+    "map": lambda dataset: dataset.map(lambda x, y: (x, y)).prefetch(2),
+    "iterator": lambda dataset: dataset.take(-1),
+}
+
+
+@pytest.mark.parametrize("name", DERIVED)
+def test_fit_trains_to_the_end_on_what_only_a_dataset_holds(line, workers, name):
+    before = what_is_there()
+    seen = []
+    count = tf.keras.callbacks.LambdaCallback(on_train_batch_end=lambda batch, logs: seen.append(1))
+    line.fit(
+        DERIVED[name](QueueRunner(ten, 8, 1, workers, **SMALL).dataset()),
+        epochs=2, verbose=0, shuffle=False, callbacks=[count],
+    )  # fmt: skip
+    gc.collect()
+    assert len(seen) == 20
+    assert_back_to(before)
+
+
+def test_an_iterator_alone_keeps_its_runner(workers):
+    before = what_is_there()
+    iterator = iter(QueueRunner(ten, 8, 1, workers, **SMALL).dataset())
+    gc.collect()
+    assert len(list(iterator)) == 10
+    del iterator
+    assert_back_to(before)
+
+
+def test_two_runners_of_one_spec_share_no_sample():
+    """Eager queues with one name would be one queue."""
+
+    def numbered(first):
+        def factory():
+            for number in range(first, first + 400, 8):
+                yield (np.arange(number, number + 8),)
+
+        return factory
+
+    with (
+        QueueRunner(numbered(0), 8, **SMALL) as one,
+        QueueRunner(numbered(1000), 8, **SMALL) as two,
+    ):
+        for _ in range(3):
+            pairs = list(zip(one.dataset(), two.dataset(), strict=True))
+            mine, others = (
+                sorted(int(i) for pair in pairs for i in pair[part][0]) for part in (0, 1)
+            )
+            assert mine == list(range(400)) and others == list(range(1000, 1400))
+
+
+def test_the_queue_of_a_pass_costs_no_memory():
+    shape = Shape(Spec.of((np.zeros(8),)), 8, 64, 8, None)
+
+    def passes(number):
+        for _ in range(number):
+            queue = EagerQueue(shape)
+            queue.enqueue([np.zeros(8)])
+            queue.close(cancel=False)
+        del queue
+        gc.collect()
+        return psutil.Process().memory_info().rss
+
+    passes(200)
+    # A kernel that TensorFlow keeps for each would be 37 KB.
+    assert (passes(1) - passes(600)) / -600 < 10_000
+
+
+# -- programs ------------------------------------------------------------------------------------
+
+
+def run_program(text, tmp_path, **environment):
+    script = tmp_path / "program.py"
+    script.write_text(textwrap.dedent(text))
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), **environment}
+    environment.pop("PYTHONUNBUFFERED", None)
+    return subprocess.run(
+        [sys.executable, str(script)], capture_output=True, text=True, timeout=100, env=environment
+    )
+
+
+def test_a_program_that_never_stops_its_runners_ends_quietly(tmp_path):
+    done = run_program(
+        """
+        import numpy as np
+        from labkit import QueueRunner
+
+        def endless(worker):
+            while True:
+                yield (np.full(8, worker),)
+
+        kept = []
+        for workers in ("process", "thread"):
+            runner = QueueRunner(endless, 8, 2, workers, capacity=64, min_after_dequeue=8)
+            next(iter(runner.dataset()))
+            kept.append(runner)
+        print("done")
+        """,
+        tmp_path,
+    )
+    assert done.returncode == 0 and done.stdout == "done\n" and done.stderr == ""
+
+
+def test_what_a_worker_process_prints_appears_when_it_is_printed(tmp_path):
+    done = run_program(
+        """
+        import time
+        import numpy as np
+        from labkit import QueueRunner
+
+        def prints():
+            print("first", flush=False)
+            yield (np.zeros(8),)
+            print("second")
+            time.sleep(3600)
+
+        runner = QueueRunner(prints, 8, 1, "process", capacity=64, min_after_dequeue=0, timeout=1)
+        try:
+            with runner:
+                for _ in runner.dataset():
+                    print("a batch", flush=True)
+        except RuntimeError:
+            print("stalled")
+        """,
+        tmp_path,
+    )
+    lines = done.stdout.splitlines()
+    assert sorted(lines) == ["a batch", "first", "second", "stalled"]
+    assert lines[-1] == "stalled" and lines[0] == "first"
+
+
+# -- processes and their own children ------------------------------------------------------------
+
+
+def with_a_child(seconds):
+    def factory():
+        import subprocess
+
+        child = subprocess.Popen(["sleep", str(seconds)])
+        while True:
+            yield (np.full(8, child.pid),)
+
+    return factory
+
+
+def test_a_killed_worker_is_told_at_once_though_its_child_lives():
+    def dies():
+        import os
+        import signal
+        import subprocess
+
+        subprocess.Popen(["sleep", "600"], close_fds=False)
+        yield (np.zeros(8),)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    began = time.monotonic()
+    with pytest.raises(WorkerError, match=r"killed by signal 9 \(SIGKILL\)"):  # noqa: SIM117
+        with QueueRunner(dies, 8, 1, "process", timeout=60, **SMALL) as runner:
+            list(runner.dataset())
+    assert time.monotonic() - began < 30
+
+
+def test_what_the_iterator_started_ends_with_its_worker():
+    with QueueRunner(with_a_child(600), 8, 2, "process", **SMALL) as runner:
+        children = {int(batch[0][0]) for batch in runner.dataset().take(10)}
+        assert children and all(psutil.pid_exists(pid) for pid in children)
+    deadline = time.monotonic() + 10
+    while any(map(psutil.pid_exists, children)) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not any(
+        psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+        for pid in children
+    )
+
+
+def test_a_worker_that_leaves_by_sys_exit_is_told_with_the_line(workers):
+    def leaves():
+        import sys
+
+        yield (np.zeros(8),)
+        sys.exit(3)
+
+    with pytest.raises(WorkerError, match=r"(?s)raised SystemExit: 3.*sys\.exit\(3\)"):  # noqa: SIM117
+        with QueueRunner(leaves, 8, 1, workers, **SMALL) as runner:
+            list(runner.dataset())
