@@ -1,0 +1,37 @@
+"""A notebook that fails is run once more, and the summary says so: its claims are measurements."""
+
+import re
+
+import pytest
+
+_FIRST_FAILURES = pytest.StashKey[dict]()
+_COLOURS = re.compile(r"\x1b\[[0-9;]*m")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item):
+    try:
+        return (yield)
+    except Exception as error:
+        if not getattr(item, "nbmake", False):
+            raise
+        # While pytest captures, nothing shows: it is said in the summary.
+        item.config.stash.setdefault(_FIRST_FAILURES, {})[item.name] = _in_one_line(error)
+    return item.runtest()
+
+
+def _in_one_line(error):
+    """An assertion without a message is told by its source, which the traceback points at."""
+    failed = getattr(error.args[0] if error.args else None, "error", None)
+    if failed is None:
+        return f"{type(error).__name__}: {error}"
+    pointed_at = re.findall(r"^-+> *\d+ (.*)$", _COLOURS.sub("", failed.trace), re.MULTILINE)
+    said = [_COLOURS.sub("", failed.summary), *pointed_at]
+    return " <- ".join(line.strip() for line in said)
+
+
+def pytest_terminal_summary(terminalreporter):
+    for name, failure in terminalreporter.config.stash.get(_FIRST_FAILURES, {}).items():
+        terminalreporter.write_sep("!", f"RUN TWICE: {name}", yellow=True, bold=True)
+        terminalreporter.write_line(f"{name} failed and was run once more. It had failed with:")
+        terminalreporter.write_line(failure, yellow=True)

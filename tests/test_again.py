@@ -1,0 +1,66 @@
+"""The one thing that is ever run twice, a notebook that fails, and that it shows."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import nbformat
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+def count(name):
+    """A program's first lines, which count its runs in a file."""
+    return f"""from pathlib import Path
+runs = Path("{name}_runs")
+runs.write_text(runs.read_text() + "x" if runs.exists() else "x")
+"""
+
+
+@pytest.fixture
+def folder(tmp_path):
+    shutil.copy(ROOT / "conftest.py", tmp_path)
+    (tmp_path / "pytest.ini").write_text("[pytest]\naddopts = -p no:cacheprovider\n")
+    return tmp_path
+
+
+def run(folder):
+    command = [sys.executable, "-m", "pytest", "--nbmake", "."]
+    # So that what is left behind in the folder is the plugin's doing.
+    environment = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1"}
+    return subprocess.run(
+        command, cwd=folder, env=environment, capture_output=True, text=True, timeout=100
+    )
+
+
+def notebook(folder, name, claim):
+    book = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(count(name) + claim)])
+    nbformat.write(book, folder / f"{name}.ipynb")
+
+
+def test_a_notebook_that_fails_once_passes_and_the_summary_names_its_failure(folder):
+    notebook(folder, "lucky", "assert len(runs.read_text()) == 2")
+    notebook(folder, "sound", "")
+    done = run(folder)
+    assert done.returncode == 0 and "2 passed" in done.stdout, done.stdout
+    assert (folder / "lucky_runs").read_text() == "xx"
+    assert (folder / "sound_runs").read_text() == "x"
+    assert done.stdout.count("RUN TWICE") == done.stdout.count("!! RUN TWICE: lucky.ipynb !!") == 1
+    assert "AssertionError: <- assert len(runs.read_text()) == 2" in done.stdout
+    left = {path.name for path in folder.iterdir()} - {"lucky_runs", "sound_runs"}
+    assert left == {"conftest.py", "pytest.ini", "lucky.ipynb", "sound.ipynb"}
+
+
+def test_a_notebook_that_fails_twice_fails_and_a_test_that_fails_runs_once(folder):
+    notebook(folder, "wrong", "raise ValueError(f'failure {len(runs.read_text())}')")
+    body = count("ordinary") + "def test_ordinary():\n    assert len(runs.read_text()) == 2\n"
+    (folder / "test_ordinary.py").write_text(body)
+    done = run(folder)
+    assert done.returncode == 1 and "2 failed" in done.stdout, done.stdout
+    assert (folder / "wrong_runs").read_text() == "xx"
+    assert (folder / "ordinary_runs").read_text() == "x"
+    assert done.stdout.count("RUN TWICE") == done.stdout.count("!! RUN TWICE: wrong.ipynb !!") == 1
+    assert "ValueError: failure 1" in done.stdout and "failure 2" in done.stdout
