@@ -4,7 +4,7 @@ Images and labels: Y. LeCun, C. Cortes, C. J. C. Burges, "The MNIST database of 
 licensed CC BY-SA 3.0. `mnist.npz` holds all 70,000 of them, unchanged, as uint8.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import lru_cache
 from itertools import count
 from pathlib import Path
@@ -36,9 +36,9 @@ def load_mnist() -> Mnist:
 
 
 @lru_cache(maxsize=2)
-def _epoch_order(seed: int, epoch: int, n: int) -> np.ndarray:
+def _order(seed: int, turn: int, epoch: int, n: int) -> np.ndarray:
     # Cached, because 32 threads that each shuffle 60,000 numbers under one lock start late.
-    order = np.random.default_rng([seed, epoch]).permutation(n)
+    order = np.random.default_rng([seed, turn, epoch]).permutation(n)
     order.flags.writeable = False
     return order
 
@@ -97,12 +97,13 @@ class MnistDataGenerator:
             raise ValueError(f"MnistDataGenerator: seed must be an integer >= 0, got {seed!r}.")
         self.batch_size, self.work, self.seed = int(batch_size), work, int(seed)
 
-    def train_iterator(self, worker: int = 0) -> Iterator[Batch]:
+    def train_iterator(self, worker: int = 0, epoch: int = 0) -> Iterator[Batch]:
         """Endless: windows of consecutive samples from random starts, with replacement.
 
         This is the article's iterator. An "epoch" of it repeats some samples and misses others.
+        Another `epoch` number, which a `QueueRunner` gives each fresh pass, begins other windows.
         """
-        rng = np.random.default_rng([self.seed, worker])
+        rng = np.random.default_rng([self.seed, worker, epoch])
         while True:
             start = int(rng.integers(len(self.data.x_train) - self.batch_size + 1))
             yield self._train_batch(slice(start, start + self.batch_size))
@@ -112,29 +113,50 @@ class MnistDataGenerator:
     ) -> Iterator[Batch]:
         """Finite: every training sample exactly once over all `n_workers`, shuffled.
 
-        Worker `worker` of `n_workers` yields its share; the shares are disjoint and together are
-        the whole training set. The last batch of a share may be smaller. Another `epoch` number
-        gives another order.
+        Worker `worker` of `n_workers` yields its share, every `n_workers`-th batch of the epoch's
+        order; the shares are disjoint and together are the whole training set. The epoch's last
+        batch may be smaller. Another `epoch` number gives another order.
         """
-        if not 0 <= worker < n_workers:
-            raise ValueError(
-                f"epoch_iterator: worker must be from 0 to n_workers - 1 = {n_workers - 1}, "
-                f"got {worker}."
-            )
-        share = _epoch_order(self.seed, epoch, len(self.data.x_train))[worker::n_workers]
-        for start in range(0, len(share), self.batch_size):
-            yield self._train_batch(share[start : start + self.batch_size])
+        self._check_share("epoch_iterator", worker, n_workers)
+        yield from self._batches(epoch, 0, range(worker, self._per_pass, n_workers))
 
-    def passes_iterator(self, worker: int = 0, n_workers: int = 1) -> Iterator[Batch]:
-        """Endless: one `epoch_iterator` after the other, each in its own order."""
-        for epoch in count():
-            yield from self.epoch_iterator(worker, n_workers, epoch)
+    def passes_iterator(
+        self, worker: int = 0, n_workers: int = 1, epoch: int = 0
+    ) -> Iterator[Batch]:
+        """Endless: one pass over the training set after the other, each in its own order.
+
+        Pass `k` of epoch 0 is `epoch_iterator(epoch=k)`. The batches are numbered through all
+        passes, and worker `worker` yields every `n_workers`-th of them. Another `epoch` number,
+        which a `QueueRunner` gives each fresh pass over its dataset, gives other orders.
+        """
+        self._check_share("passes_iterator", worker, n_workers)
+        for turn in count():
+            # A pass need not be a multiple of n_workers, so whose turn is first moves on.
+            first = (worker - turn * self._per_pass) % n_workers
+            yield from self._batches(turn, epoch, range(first, self._per_pass, n_workers))
 
     def test_iterator(self) -> Iterator[Batch]:
         """Finite: the real test set in order, each sample once, a smaller last batch included."""
         for start in range(0, len(self.data.x_test), self.batch_size):
             part = slice(start, start + self.batch_size)
             yield self._convert(self.data.x_test[part], self.data.y_test[part])
+
+    @property
+    def _per_pass(self) -> int:
+        return -(-len(self.data.x_train) // self.batch_size)
+
+    @staticmethod
+    def _check_share(name: str, worker: int, n_workers: int) -> None:
+        if not 0 <= worker < n_workers:
+            raise ValueError(
+                f"{name}: worker must be from 0 to n_workers - 1 = {n_workers - 1}, got {worker}."
+            )
+
+    def _batches(self, turn: int, epoch: int, numbers: Iterable[int]) -> Iterator[Batch]:
+        order = _order(self.seed, turn, epoch, len(self.data.x_train))
+        for number in numbers:
+            start = number * self.batch_size
+            yield self._train_batch(order[start : start + self.batch_size])
 
     def _train_batch(self, part: slice | np.ndarray) -> Batch:
         batch = self._convert(self.data.x_train[part], self.data.y_train[part])
