@@ -4,6 +4,7 @@ Images and labels: Y. LeCun, C. Cortes, C. J. C. Burges, "The MNIST database of 
 licensed CC BY-SA 3.0. `mnist.npz` holds all 70,000 of them, unchanged, as uint8.
 """
 
+import inspect
 from collections.abc import Callable, Iterable, Iterator
 from functools import lru_cache
 from itertools import count
@@ -47,6 +48,17 @@ def _is_integer(value: object) -> bool:
     return isinstance(value, (int, np.integer)) and not isinstance(value, bool)
 
 
+def _takes_rng(work: Callable[..., Batch] | None) -> bool:
+    if work is None:
+        return False
+    try:
+        rng = inspect.signature(work).parameters.get("rng")
+    except (TypeError, ValueError):  # some built-in functions do not tell
+        return False
+    # A generator that the user has bound to it, as by functools.partial, is left to it.
+    return rng is not None and (rng.default is rng.empty or rng.default is None)
+
+
 class MnistDataGenerator:
     """Batches of MNIST, with the heavy work of a real input pipeline as a part passed in.
 
@@ -58,7 +70,9 @@ class MnistDataGenerator:
     Args:
         batch_size: samples per batch, 1 to 60,000. Default 32.
         work: called as `work(images, labels)` for each training batch, returns the batch to
-            deliver; see `labkit.workloads`. Default: none.
+            deliver; see `labkit.workloads`. Default: none. A work that has a parameter `rng` gets
+            a `numpy.random.Generator` of the batch's own, made from the seed, the pass or epoch
+            and the batch's number, so that a repeated run gives the same samples.
         seed: fixes the order. The stream of each worker depends on the seed and on the worker's
             index, and no two are the same.
         data: a `Mnist`-like tuple of uint8 arrays; default `load_mnist()`.
@@ -71,7 +85,7 @@ class MnistDataGenerator:
     def __init__(
         self,
         batch_size: int = 32,
-        work: Callable[[np.ndarray, np.ndarray], Batch] | None = None,
+        work: Callable[..., Batch] | None = None,
         seed: int = 0,
         data: Mnist | None = None,
     ) -> None:
@@ -96,6 +110,7 @@ class MnistDataGenerator:
         if not _is_integer(seed) or seed < 0:
             raise ValueError(f"MnistDataGenerator: seed must be an integer >= 0, got {seed!r}.")
         self.batch_size, self.work, self.seed = int(batch_size), work, int(seed)
+        self._draws = _takes_rng(work)
 
     def train_iterator(self, worker: int = 0, epoch: int = 0) -> Iterator[Batch]:
         """Endless: windows of consecutive samples from random starts, with replacement.
@@ -104,9 +119,10 @@ class MnistDataGenerator:
         Another `epoch` number, which a `QueueRunner` gives each fresh pass, begins other windows.
         """
         rng = np.random.default_rng([self.seed, worker, epoch])
-        while True:
+        for number in count():
             start = int(rng.integers(len(self.data.x_train) - self.batch_size + 1))
-            yield self._train_batch(slice(start, start + self.batch_size))
+            part = slice(start, start + self.batch_size)
+            yield self._train_batch(part, worker, epoch, number)
 
     def epoch_iterator(
         self, worker: int = 0, n_workers: int = 1, epoch: int = 0
@@ -156,11 +172,19 @@ class MnistDataGenerator:
         order = _order(self.seed, turn, epoch, len(self.data.x_train))
         for number in numbers:
             start = number * self.batch_size
-            yield self._train_batch(order[start : start + self.batch_size])
+            part = order[start : start + self.batch_size]
+            yield self._train_batch(part, turn, epoch, number)
 
-    def _train_batch(self, part: slice | np.ndarray) -> Batch:
+    def _train_batch(self, part: slice | np.ndarray, *key: int) -> Batch:
         batch = self._convert(self.data.x_train[part], self.data.y_train[part])
-        return batch if self.work is None else self.work(*batch)
+        if self.work is None:
+            return batch
+        if not self._draws:
+            return self.work(*batch)
+        # By spawn_key, or number 0 would draw from the very stream that made the order.
+        *entropy, number = self.seed, *key
+        stream = np.random.SeedSequence(entropy, spawn_key=(number,))
+        return self.work(*batch, rng=np.random.default_rng(stream))
 
     @staticmethod
     def _convert(x: np.ndarray, y: np.ndarray) -> Batch:

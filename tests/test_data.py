@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from functools import partial
 from itertools import islice
 
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 
 from labkit import QueueRunner
 from labkit.data import Mnist, MnistDataGenerator, load_mnist
+from labkit.workloads import distort
 
 
 def test_all_the_real_digits_are_there():
@@ -217,6 +219,90 @@ def test_work_is_done_on_training_batches_only(numbered):
     assert np.array_equal(next(data.epoch_iterator())[0], 1 - next(plain.epoch_iterator())[0])
     assert np.array_equal(next(data.train_iterator())[0], 1 - next(plain.train_iterator())[0])
     assert np.array_equal(next(data.test_iterator())[0], next(plain.test_iterator())[0])
+
+
+def digits(count):
+    mnist = load_mnist()
+    return Mnist(mnist.x_train[:count], mnist.y_train[:count], *mnist[2:])
+
+
+def drawn(images, labels, rng):
+    return images + rng.random(images.shape, np.float32), labels
+
+
+@pytest.mark.parametrize("work", [distort(1.0), drawn], ids=["distort", "a function"])
+@pytest.mark.parametrize("n_workers", [1, 2, 4])
+def test_work_that_draws_gives_the_same_samples_whatever_the_number_of_workers(work, n_workers):
+    data = MnistDataGenerator(20, work, seed=5, data=digits(90))
+
+    def in_turn(name, n, count, epoch):
+        # One worker's whole share after the other's: what is drawn must not depend on whose turn
+        # it was before.
+        shares = [list(islice(getattr(data, name)(i, n, epoch), count)) for i in range(n)]
+        return [shares[k % n][k // n] for k in range(count)]
+
+    for name, count, epoch in [
+        ("passes_iterator", 13, 0),
+        ("passes_iterator", 13, 2),
+        ("epoch_iterator", 5, 1),
+    ]:
+        alone, shared = in_turn(name, 1, count, epoch), in_turn(name, n_workers, count, epoch)
+        for ours, theirs in zip(alone, shared, strict=True):
+            assert all(np.array_equal(a, b) for a, b in zip(ours, theirs, strict=True))
+
+
+@pytest.mark.parametrize("name", ["train_iterator", "epoch_iterator", "passes_iterator"])
+def test_each_batch_draws_from_a_stream_of_its_own(numbered, name):
+    draws = []
+
+    def keep(images, labels, rng):
+        draws.append(rng.integers(2**62))
+        return images, labels
+
+    iterator = getattr(MnistDataGenerator(100, keep, seed=5, data=numbered), name)
+    for epoch in (0, 1):
+        list(islice(iterator(epoch=epoch), 5))
+    once = list(draws)
+    for epoch in (0, 1):
+        list(islice(iterator(epoch=epoch), 5))
+    assert len(set(once)) == 10 and draws == once + once
+    if name == "train_iterator":
+        list(islice(iterator(worker=1), 5))
+        assert len(set(draws)) == 15
+    # Not the stream that made the order, from its start.
+    orders = {np.random.default_rng([5, k]).integers(2**62) for k in range(5)}
+    assert not orders & set(draws)
+
+
+def test_a_pass_and_the_epoch_of_its_number_draw_alike(numbered):
+    data = MnistDataGenerator(100, drawn, data=numbered)
+    third_pass = islice(data.passes_iterator(), 10, 15)
+    for a, b in zip(third_pass, data.epoch_iterator(epoch=2), strict=True):
+        assert np.array_equal(a[0], b[0])
+
+
+@pytest.mark.parametrize("workers", ["thread", "process"])
+def test_a_repeated_run_gives_the_same_samples_through_a_queue(workers):
+    def run(n_workers):
+        data = MnistDataGenerator(25, distort(1.0), seed=5, data=digits(500))
+        with QueueRunner(
+            data.epoch_iterator, 25, n_workers, workers, capacity=100, min_after_dequeue=25
+        ) as runner:
+            return sorted(image.tobytes() for x, _ in runner.dataset() for image in x.numpy())
+
+    samples = run(1)
+    assert len(set(samples)) == 500
+    assert run(2) == samples and run(3) == samples
+
+
+def test_an_rng_that_the_user_has_bound_is_left_alone(numbered):
+    theirs = np.random.default_rng(9)
+
+    def work(images, labels, rng):
+        assert rng is theirs
+        return images, labels
+
+    next(MnistDataGenerator(5, partial(work, rng=theirs), data=numbered).train_iterator())
 
 
 def test_samples_stay_uint8_in_memory():

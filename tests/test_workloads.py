@@ -75,6 +75,11 @@ def test_distort_changes_every_image_and_each_time_differently(batch):
     assert np.array_equal(batch[0], before), "the images given must stay as they are"
 
 
+def test_distort_draws_from_the_generator_it_is_given(batch):
+    once, again, other = (distort(1.0)(*batch, np.random.default_rng(k))[0] for k in (3, 3, 4))
+    assert np.array_equal(once, again) and not np.array_equal(once, other)
+
+
 def test_distort_of_strength_zero_changes_nothing(batch):
     assert np.array_equal(distort(0)(*batch)[0], batch[0])
 
