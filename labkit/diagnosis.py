@@ -18,9 +18,9 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
+from labkit.machine import usable_cores
 from labkit.queue_runner import QueueRunner
 from labkit.quiet import tf
-from labkit.scaling import usable_cores
 from labkit.workers import (
     Chunk,
     Ended,
@@ -140,7 +140,7 @@ class Report:
     def plot(self) -> Any:
         """Predicted steps/s over the number of workers, with what was measured as points."""
         from labkit import plots
-        from labkit.train import describe_machine
+        from labkit.machine import describe_machine
 
         return plots.diagnosis(self, describe_machine())
 

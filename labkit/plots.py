@@ -14,6 +14,8 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
 
+from labkit.machine import describe_machine
+
 WAIT, COMPUTE, BOUND, OTHER = "#E69F00", "#0072B2", "#000000", "#009E73"
 _CYCLE = (COMPUTE, WAIT, OTHER, "#CC79A7", "#56B4E9", "#D55E00")
 
@@ -312,8 +314,6 @@ def keep(figure: Figure, name: str, data: Mapping[str, Any]) -> None:
     variable LABKIT_SAVE_FIGURES names; without it, does nothing, so that a run leaves no files."""
     folder = os.environ.get("LABKIT_SAVE_FIGURES")
     if folder:
-        from labkit.train import describe_machine
-
         save(figure, Path(folder) / f"{name}.png")
         text = json.dumps({"machine": describe_machine(), **data}, indent=1, default=float)
         (Path(folder) / f"{name}.json").write_text(text + "\n")

@@ -3,13 +3,11 @@
 import argparse
 import json
 import math
-import platform
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,6 +15,7 @@ import numpy as np
 
 from labkit import workloads
 from labkit.data import MnistDataGenerator
+from labkit.machine import describe_machine
 
 PIPELINES = ("feed_dict", "queue", "constant")
 _SUMMARY_EVERY = 50
@@ -82,31 +81,6 @@ class History:
                 f"History.load: expected a file written by History.save, got {path} "
                 f"({type(error).__name__}: {error})."
             ) from error
-
-
-def describe_machine() -> dict[str, Any]:
-    """Processor, usable cores and versions: what a reader needs beside a figure."""
-    from labkit.scaling import usable_cores
-
-    def installed(package: str) -> str:
-        try:
-            return version(package)
-        except PackageNotFoundError:
-            return "not installed"
-
-    model = platform.processor() or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        lines = cpuinfo.read_text().splitlines()
-        model = next(
-            (x.split(":", 1)[1].strip() for x in lines if x.startswith("model name")), model
-        )
-    return {
-        "processor": model,
-        "cores": usable_cores(),
-        "python": platform.python_version(),
-        **{name: installed(name) for name in ("tensorflow", "keras", "numpy")},
-    }
 
 
 def train(
