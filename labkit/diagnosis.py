@@ -139,7 +139,7 @@ class Report:
 
     def plot(self) -> Any:
         """Predicted steps/s over the number of workers, with what was measured as points."""
-        from labkit import plots
+        from labkit.instruments import plots
         from labkit.machine import describe_machine
 
         return plots.diagnosis(self, describe_machine())

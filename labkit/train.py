@@ -133,8 +133,8 @@ def train(
     """
     settings = {k: _plain(v) for k, v in locals().items() if k not in ("iterator", "on_start")}
     _check_settings(settings)
+    from labkit.instruments.step_timer import StepTimer
     from labkit.model import model_fn
-    from labkit.monitor import StepTimer
     from labkit.queue_runner import QueueRunner
     from labkit.quiet import tf
 
@@ -440,7 +440,7 @@ def main(arguments: list[str] | None = None) -> int:
     if json_file:
         history.save(json_file)
     if plot_file:
-        from labkit import plots
+        from labkit.instruments import plots
 
         plots.save(plots.epochs(history), plot_file)
     return 0
