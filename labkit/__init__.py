@@ -6,16 +6,15 @@ starts without TensorFlow.
 
 import os
 import sys
+from collections.abc import Callable
 from importlib import import_module
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
-# TensorFlow reads these once, at its import. The first keeps CUDA's and oneDNN's start-up lines off
-# the screen; the second switches oneDNN on where TensorFlow leaves it off (no AVX-512 VNNI), which
-# took this CNN from 65 to 190 steps/s there. Values that are already set win.
+# TensorFlow reads it once, at its import: CUDA's and oneDNN's start-up lines stay off the screen. A
+# value that is already set wins.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "1")
 
 __version__ = "0.1.0"
 
@@ -42,7 +41,7 @@ _MOVED = {
 }
 _SUBMODULES = {"data", "workloads", "workers", "queue_runner", "model", "train", *_MOVED}
 
-__all__ = sorted(_HOME)
+__all__ = sorted([*_HOME, "train"])
 
 
 def __getattr__(name: str) -> Any:
@@ -55,6 +54,20 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted(set(globals()) | set(_HOME) | _SUBMODULES)
+
+
+class _CallableModule(ModuleType):
+    __wrapped__: Callable[..., Any]
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.__wrapped__(*args, **kwargs)
+
+
+def callable_module(function: Callable[..., Any]) -> None:
+    """Makes the module of `function` callable as the function. `labkit.train` is both: a module for
+    `python -m`, and a function, before and after anything has imported the module."""
+    module: Any = sys.modules[function.__module__]
+    module.__class__, module.__wrapped__ = _CallableModule, function
 
 
 class _Moved:

@@ -13,6 +13,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from labkit.checks import expect, is_integer
+
 Batch = tuple[np.ndarray, np.ndarray]
 _ONE_HOT = np.eye(10, dtype=np.float32)
 
@@ -42,10 +44,6 @@ def _order(seed: int, turn: int, epoch: int, n: int) -> np.ndarray:
     order = np.random.default_rng([seed, turn, epoch]).permutation(n)
     order.flags.writeable = False
     return order
-
-
-def _is_integer(value: object) -> bool:
-    return isinstance(value, (int, np.integer)) and not isinstance(value, bool)
 
 
 def _takes_rng(work: Callable[..., Batch] | None) -> bool:
@@ -97,18 +95,14 @@ class MnistDataGenerator:
                     f"and {len(y)} labels. Pass arrays of the same length."
                 )
         n = len(self.data.x_train)
-        if not _is_integer(batch_size) or not 1 <= batch_size <= n:
-            raise ValueError(
-                f"MnistDataGenerator: batch_size must be an integer from 1 to {n} "
-                f"(the training samples), got {batch_size!r}."
-            )
+        what = f"batch_size must be an integer from 1 to {n} (the training samples)"
+        expect(is_integer(batch_size, 1, n), f"MnistDataGenerator: {what}", batch_size)
         if work is not None and not callable(work):
             raise ValueError(
                 f"MnistDataGenerator: work must be callable as work(images, labels), got {work!r}. "
                 "To sleep 0.05 s a batch, pass labkit.workloads.sleep(0.05)."
             )
-        if not _is_integer(seed) or seed < 0:
-            raise ValueError(f"MnistDataGenerator: seed must be an integer >= 0, got {seed!r}.")
+        expect(is_integer(seed, 0), "MnistDataGenerator: seed must be an integer >= 0", seed)
         self.batch_size, self.work, self.seed = int(batch_size), work, int(seed)
         self._draws = _takes_rng(work)
 
@@ -163,10 +157,8 @@ class MnistDataGenerator:
 
     @staticmethod
     def _check_share(name: str, worker: int, n_workers: int) -> None:
-        if not 0 <= worker < n_workers:
-            raise ValueError(
-                f"{name}: worker must be from 0 to n_workers - 1 = {n_workers - 1}, got {worker}."
-            )
+        what = f"{name}: worker must be from 0 to n_workers - 1 = {n_workers - 1}"
+        expect(0 <= worker < n_workers, what, worker)
 
     def _batches(self, turn: int, epoch: int, numbers: Iterable[int]) -> Iterator[Batch]:
         order = _order(self.seed, turn, epoch, len(self.data.x_train))

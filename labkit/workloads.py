@@ -5,19 +5,18 @@ Each function returns a callable `work(images, labels) -> (images, labels)` for
 third parameter `rng`, which the generator seeds for each batch. NumPy only.
 """
 
-import math
 import time
 from collections.abc import Callable
 
 import numpy as np
 
+from labkit.checks import expect, is_number
+
 Work = Callable[..., tuple[np.ndarray, np.ndarray]]
 
 
 def _amount(name: str, what: str, value: float) -> float:
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not number or not 0 <= value < math.inf:
-        raise ValueError(f"{name}: {what} must be a number >= 0, got {value!r}.")
+    expect(is_number(value), f"{name}: {what} must be a number >= 0", value)
     return float(value)
 
 

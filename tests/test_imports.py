@@ -72,6 +72,29 @@ def test_what_was_never_there_is_not_there():
         labkit.nothing  # noqa: B018
 
 
+SMALL = "epochs=1, steps=1, delay=0, capacity=96, min_after_dequeue=0, progress=False"
+
+
+def test_train_and_diagnose_are_functions_before_and_after_their_modules_are_imported():
+    program = f"""
+import labkit, inspect
+first, diagnose = labkit.train({SMALL}, validate=False), labkit.diagnose
+import labkit.train, labkit.diagnosis
+again = labkit.train({SMALL}, validate=False)
+from labkit.train import History, train
+print(type(first) is type(again) is History, labkit.train.train is train)
+print(inspect.signature(labkit.train) == inspect.signature(train))
+print(labkit.diagnose is diagnose is labkit.diagnosis.diagnose)
+"""
+    assert alone(program).split() == ["True"] * 4
+
+
+@pytest.mark.parametrize("first", ["import labkit.train", "from labkit.train import train"])
+def test_labkit_train_is_a_function_when_its_module_came_first(first):
+    program = f"{first}\nimport labkit\ntry: labkit.train(epochs=0)\nexcept ValueError: print(1)"
+    assert alone(program) == "1"
+
+
 def test_import_labkit_loads_no_heavy_package():
     heavy = "{'tensorflow', 'keras', 'matplotlib', 'psutil', 'numpy'}"
     assert alone(f"import sys, labkit; print({heavy} & set(sys.modules))") == "set()"

@@ -2,11 +2,13 @@
 
 import math
 import os
+import subprocess
+import sys
 
 import pytest
 
 from labkit import machine
-from labkit.machine import _cgroup_cores, describe_machine, usable_cores
+from labkit.machine import _cgroup_cores, describe_machine, fast_cpu, onednn_note, usable_cores
 
 # -- cores ---------------------------------------------------------------------------------------
 
@@ -123,6 +125,130 @@ def test_a_machine_is_described_by_processor_cores_and_versions():
     assert set(described) == {"processor", "cores", "python", "tensorflow", "keras", "numpy"}
     assert described["cores"] == usable_cores() and described["processor"]
     assert all(described[name][0].isdigit() for name in ("python", "tensorflow", "numpy"))
+
+
+# -- oneDNN --------------------------------------------------------------------------------------
+
+NAME = "TF_ENABLE_ONEDNN_OPTS"
+
+
+def in_a_program(program: str) -> list[str]:
+    """The lines that the program prints, in a Python of its own, with oneDNN left to TensorFlow."""
+    environment = {k: v for k, v in os.environ.items() if k != NAME}
+    command = [sys.executable, "-c", f"import os, sys\n{program}"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()
+
+
+@pytest.fixture
+def variable(monkeypatch):
+    """Sets the variable, or takes it away, until the test is over."""
+
+    def put(value: str | None) -> None:
+        monkeypatch.setenv(NAME, value or "")
+        if value is None:
+            monkeypatch.delenv(NAME)
+
+    return put
+
+
+@pytest.fixture
+def without_tensorflow(monkeypatch):
+    monkeypatch.setitem(sys.modules, "tensorflow", None)
+    monkeypatch.delitem(sys.modules, "tensorflow")
+
+
+def test_no_import_changes_the_numerics_of_a_strangers_program():
+    uses = [
+        "import labkit, labkit.train, labkit.cli",
+        "from labkit import QueueRunner, UsageMonitor, diagnose, model_fn, plots",
+        "from labkit.quiet import tf",
+    ]
+    ask = f"print(os.environ.get('{NAME}'))"
+    assert in_a_program("\n".join(f"{use}\n{ask}" for use in uses)) == ["None"] * 3
+
+
+def test_labkits_own_training_asks_for_onednn_before_tensorflow_is_there():
+    flags = "--epochs 1 --steps 1 --delay 0 --capacity 96 --min_after_dequeue 0"
+    program = f"from labkit.cli import main; main('{flags}'.split())"
+    assert in_a_program(f"{program}\nprint(os.environ['{NAME}'])")[-1] == "1"
+
+
+@pytest.mark.parametrize(("before", "after"), [(None, "1"), ("0", "0"), ("false", "false")])
+def test_a_value_that_is_set_wins(before, after, variable, without_tensorflow):
+    variable(before)
+    fast_cpu()
+    assert os.environ[NAME] == after
+
+
+def test_once_tensorflow_is_there_it_changes_nothing(variable, monkeypatch):
+    monkeypatch.setitem(sys.modules, "tensorflow", object())
+    variable(None)
+    fast_cpu()
+    assert NAME not in os.environ
+
+
+OLD, NEW = "fma avx avx2", "fma avx2 avx512_vnni"
+
+
+@pytest.fixture
+def x86(monkeypatch):
+    """A Linux machine with these processor flags."""
+
+    def with_flags(flags: str) -> None:
+        monkeypatch.setattr(machine, "_cpuinfo", lambda field: flags)
+
+    monkeypatch.setattr(machine.platform, "machine", lambda: "x86_64")
+    monkeypatch.setattr(machine.sys, "platform", "linux")
+    return with_flags
+
+
+@pytest.mark.parametrize(
+    ("value", "flags", "told"),
+    [
+        (None, OLD, True),
+        ("0", OLD, True),
+        ("1", OLD, False),
+        ("true", OLD, False),
+        (None, NEW, False),
+        ("1", NEW, False),
+    ],
+)
+def test_the_note_comes_where_onednn_is_off_and_would_help(
+    value, flags, told, variable, x86, without_tensorflow
+):
+    variable(value)
+    x86(flags)
+    note = onednn_note()
+    assert (note is not None) == told
+    assert note is None or note.startswith(f"oneDNN is off here: {NAME}=1, set before TensorFlow")
+
+
+@pytest.mark.parametrize("on", [True, False])
+def test_tensorflow_itself_is_asked_once_it_is_there(on, variable, x86, monkeypatch):
+    from tensorflow.python.util import _pywrap_util_port
+
+    monkeypatch.setattr(_pywrap_util_port, "IsMklEnabled", lambda: on)
+    x86(OLD)
+    variable("0" if on else "1")
+    assert (onednn_note() is None) == on
+
+
+def test_a_variable_set_after_tensorflow_has_read_it_deceives_nobody():
+    program = (
+        f"os.environ['{NAME}'] = '0'\nimport tensorflow\nos.environ['{NAME}'] = '1'\n"
+        "from labkit import machine; print(machine._onednn_is_on())"
+    )
+    assert in_a_program(program) == ["False"]
+
+
+def test_there_is_no_note_where_tensorflow_has_no_onednn(x86, monkeypatch):
+    x86(OLD)
+    monkeypatch.setattr(machine, "_onednn_is_on", lambda: False)
+    assert onednn_note() is not None
+    monkeypatch.setattr(machine.platform, "machine", lambda: "arm64")
+    assert onednn_note() is None
 
 
 def test_the_quota_read_here_is_none_or_a_number_above_zero():
