@@ -1,4 +1,4 @@
-"""The laws of labkit's design, held against its code: who may import whom, how large a thing may be.
+"""The laws of the design, held against the code: who may import whom, how large a thing may be.
 
 An import counts wherever it stands, inside a function too. Only what runs as a script, under
 `if __name__ == "__main__"`, is no import of the module.
@@ -214,6 +214,13 @@ def test_nothing_is_larger_than_a_reader_can_hold(module):
 def test_labkit_as_a_whole_and_the_lesson_stay_small():
     assert sum(map(file_lines, TREES)) <= MOST_OF_ALL + TOO_MUCH_IN_ALL
     assert sum(map(file_lines, READ_FIRST)) <= MOST_OF_THE_LESSON + TOO_MUCH_IN_THE_LESSON
+
+
+def test_each_dependency_stands_in_one_list_and_every_room_is_a_package():
+    lines = (ROOT.parent / "requirements.txt").read_text().splitlines()
+    assert [line for line in lines if not line.startswith("#")] == ["-e .[lab]"]
+    # setuptools finds packages, and passes over folders that are none.
+    assert all((path.parent / "__init__.py").exists() for path in PATHS.values())
 
 
 def test_a_worker_process_imports_neither_tensorflow_nor_matplotlib():
