@@ -39,7 +39,7 @@ _MOVED = {
     "monitor": ("instruments.step_timer", "instruments.usage_monitor"),
     "plots": ("instruments.plots",),
 }
-_SUBMODULES = {"data", "workloads", "workers", "queue_runner", "model", "train", *_MOVED}
+_SUBMODULES = {"data", "workloads", "workers", "queue_runner", "model", "train", "machine", *_MOVED}
 
 __all__ = sorted([*_HOME, "train"])
 

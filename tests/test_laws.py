@@ -54,6 +54,7 @@ LAW = [
 ONLY = [
     ({"checks"}, set()),
     ({"data", "workloads"}, {"numpy"}),
+    ({"machine"}, {"tensorflow"}),  # asked about oneDNN, where it is imported already
     ({"instruments.plots"}, {"numpy", "matplotlib"}),
     ({"instruments.history", "instruments.step_timer"}, set()),
 ]

@@ -193,7 +193,8 @@ def test_the_history_of_a_real_run_comes_back_as_it_was(tmp_path):
 
 def test_numpy_integers_as_settings_can_be_saved(tmp_path):
     # train takes them, as from np.arange in a notebook's sweep.
-    result = train("constant", **{**QUICK, "steps": np.int64(2), "validate": False})
+    numbers = {"steps": np.int64(2), "seed": np.int32(3), "delay": np.float32(0)}
+    result = train("constant", **{**QUICK, **numbers, "validate": False})
     result.save(tmp_path / "run.json")
     assert History.load(tmp_path / "run.json").epochs == result.epochs
 
