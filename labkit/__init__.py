@@ -66,8 +66,9 @@ class _CallableModule(ModuleType):
 def callable_module(function: Callable[..., Any]) -> None:
     """Makes the module of `function` callable as the function. `labkit.train` is both: a module for
     `python -m`, and a function, before and after anything has imported the module."""
-    module: Any = sys.modules[function.__module__]
-    module.__class__, module.__wrapped__ = _CallableModule, function
+    if function.__module__ != "__main__":  # then it is a script, and nobody's module
+        module: Any = sys.modules[function.__module__]
+        module.__class__, module.__wrapped__ = _CallableModule, function
 
 
 class _Moved:
