@@ -4,13 +4,16 @@ Images and labels: Y. LeCun, C. Cortes, C. J. C. Burges, "The MNIST database of 
 licensed CC BY-SA 3.0. `mnist.npz` holds all 70,000 of them, unchanged, as uint8.
 """
 
-from collections.abc import Callable, Iterator
+import inspect
+from collections.abc import Callable, Iterable, Iterator
 from functools import lru_cache
 from itertools import count
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+
+from labkit.checks import expect, is_integer
 
 Batch = tuple[np.ndarray, np.ndarray]
 _ONE_HOT = np.eye(10, dtype=np.float32)
@@ -36,15 +39,22 @@ def load_mnist() -> Mnist:
 
 
 @lru_cache(maxsize=2)
-def _epoch_order(seed: int, epoch: int, n: int) -> np.ndarray:
+def _order(seed: int, turn: int, epoch: int, n: int) -> np.ndarray:
     # Cached, because 32 threads that each shuffle 60,000 numbers under one lock start late.
-    order = np.random.default_rng([seed, epoch]).permutation(n)
+    order = np.random.default_rng([seed, turn, epoch]).permutation(n)
     order.flags.writeable = False
     return order
 
 
-def _is_integer(value: object) -> bool:
-    return isinstance(value, (int, np.integer)) and not isinstance(value, bool)
+def _takes_rng(work: Callable[..., Batch] | None) -> bool:
+    if work is None:
+        return False
+    try:
+        rng = inspect.signature(work).parameters.get("rng")
+    except (TypeError, ValueError):  # some built-in functions do not tell
+        return False
+    # A generator that the user has bound to it, as by functools.partial, is left to it.
+    return rng is not None and (rng.default is rng.empty or rng.default is None)
 
 
 class MnistDataGenerator:
@@ -58,7 +68,9 @@ class MnistDataGenerator:
     Args:
         batch_size: samples per batch, 1 to 60,000. Default 32.
         work: called as `work(images, labels)` for each training batch, returns the batch to
-            deliver; see `labkit.workloads`. Default: none.
+            deliver; see `labkit.workloads`. Default: none. A work that has a parameter `rng` gets
+            a `numpy.random.Generator` of the batch's own, made from the seed, the pass or epoch
+            and the batch's number, so that a repeated run gives the same samples.
         seed: fixes the order. The stream of each worker depends on the seed and on the worker's
             index, and no two are the same.
         data: a `Mnist`-like tuple of uint8 arrays; default `load_mnist()`.
@@ -71,7 +83,7 @@ class MnistDataGenerator:
     def __init__(
         self,
         batch_size: int = 32,
-        work: Callable[[np.ndarray, np.ndarray], Batch] | None = None,
+        work: Callable[..., Batch] | None = None,
         seed: int = 0,
         data: Mnist | None = None,
     ) -> None:
@@ -83,52 +95,55 @@ class MnistDataGenerator:
                     f"and {len(y)} labels. Pass arrays of the same length."
                 )
         n = len(self.data.x_train)
-        if not _is_integer(batch_size) or not 1 <= batch_size <= n:
-            raise ValueError(
-                f"MnistDataGenerator: batch_size must be an integer from 1 to {n} "
-                f"(the training samples), got {batch_size!r}."
-            )
+        what = f"batch_size must be an integer from 1 to {n} (the training samples)"
+        expect(is_integer(batch_size, 1, n), f"MnistDataGenerator: {what}", batch_size)
         if work is not None and not callable(work):
             raise ValueError(
                 f"MnistDataGenerator: work must be callable as work(images, labels), got {work!r}. "
                 "To sleep 0.05 s a batch, pass labkit.workloads.sleep(0.05)."
             )
-        if not _is_integer(seed) or seed < 0:
-            raise ValueError(f"MnistDataGenerator: seed must be an integer >= 0, got {seed!r}.")
+        expect(is_integer(seed, 0), "MnistDataGenerator: seed must be an integer >= 0", seed)
         self.batch_size, self.work, self.seed = int(batch_size), work, int(seed)
+        self._draws = _takes_rng(work)
 
-    def train_iterator(self, worker: int = 0) -> Iterator[Batch]:
+    def train_iterator(self, worker: int = 0, epoch: int = 0) -> Iterator[Batch]:
         """Endless: windows of consecutive samples from random starts, with replacement.
 
         This is the article's iterator. An "epoch" of it repeats some samples and misses others.
+        Another `epoch` number, which a `QueueRunner` gives each fresh pass, begins other windows.
         """
-        rng = np.random.default_rng([self.seed, worker])
-        while True:
+        rng = np.random.default_rng([self.seed, worker, epoch])
+        for number in count():
             start = int(rng.integers(len(self.data.x_train) - self.batch_size + 1))
-            yield self._train_batch(slice(start, start + self.batch_size))
+            part = slice(start, start + self.batch_size)
+            yield self._train_batch(part, worker, epoch, number)
 
     def epoch_iterator(
         self, worker: int = 0, n_workers: int = 1, epoch: int = 0
     ) -> Iterator[Batch]:
         """Finite: every training sample exactly once over all `n_workers`, shuffled.
 
-        Worker `worker` of `n_workers` yields its share; the shares are disjoint and together are
-        the whole training set. The last batch of a share may be smaller. Another `epoch` number
-        gives another order.
+        Worker `worker` of `n_workers` yields its share, every `n_workers`-th batch of the epoch's
+        order; the shares are disjoint and together are the whole training set. The epoch's last
+        batch may be smaller. Another `epoch` number gives another order.
         """
-        if not 0 <= worker < n_workers:
-            raise ValueError(
-                f"epoch_iterator: worker must be from 0 to n_workers - 1 = {n_workers - 1}, "
-                f"got {worker}."
-            )
-        share = _epoch_order(self.seed, epoch, len(self.data.x_train))[worker::n_workers]
-        for start in range(0, len(share), self.batch_size):
-            yield self._train_batch(share[start : start + self.batch_size])
+        self._check_share("epoch_iterator", worker, n_workers)
+        yield from self._batches(epoch, 0, range(worker, self._per_pass, n_workers))
 
-    def passes_iterator(self, worker: int = 0, n_workers: int = 1) -> Iterator[Batch]:
-        """Endless: one `epoch_iterator` after the other, each in its own order."""
-        for epoch in count():
-            yield from self.epoch_iterator(worker, n_workers, epoch)
+    def passes_iterator(
+        self, worker: int = 0, n_workers: int = 1, epoch: int = 0
+    ) -> Iterator[Batch]:
+        """Endless: one pass over the training set after the other, each in its own order.
+
+        Pass `k` of epoch 0 is `epoch_iterator(epoch=k)`. The batches are numbered through all
+        passes, and worker `worker` yields every `n_workers`-th of them. Another `epoch` number,
+        which a `QueueRunner` gives each fresh pass over its dataset, gives other orders.
+        """
+        self._check_share("passes_iterator", worker, n_workers)
+        for turn in count():
+            # A pass need not be a multiple of n_workers, so whose turn is first moves on.
+            first = (worker - turn * self._per_pass) % n_workers
+            yield from self._batches(turn, epoch, range(first, self._per_pass, n_workers))
 
     def test_iterator(self) -> Iterator[Batch]:
         """Finite: the real test set in order, each sample once, a smaller last batch included."""
@@ -136,9 +151,32 @@ class MnistDataGenerator:
             part = slice(start, start + self.batch_size)
             yield self._convert(self.data.x_test[part], self.data.y_test[part])
 
-    def _train_batch(self, part: slice | np.ndarray) -> Batch:
+    @property
+    def _per_pass(self) -> int:
+        return -(-len(self.data.x_train) // self.batch_size)
+
+    @staticmethod
+    def _check_share(name: str, worker: int, n_workers: int) -> None:
+        what = f"{name}: worker must be from 0 to n_workers - 1 = {n_workers - 1}"
+        expect(0 <= worker < n_workers, what, worker)
+
+    def _batches(self, turn: int, epoch: int, numbers: Iterable[int]) -> Iterator[Batch]:
+        order = _order(self.seed, turn, epoch, len(self.data.x_train))
+        for number in numbers:
+            start = number * self.batch_size
+            part = order[start : start + self.batch_size]
+            yield self._train_batch(part, turn, epoch, number)
+
+    def _train_batch(self, part: slice | np.ndarray, *key: int) -> Batch:
         batch = self._convert(self.data.x_train[part], self.data.y_train[part])
-        return batch if self.work is None else self.work(*batch)
+        if self.work is None:
+            return batch
+        if not self._draws:
+            return self.work(*batch)
+        # By spawn_key, or number 0 would draw from the very stream that made the order.
+        *entropy, number = self.seed, *key
+        stream = np.random.SeedSequence(entropy, spawn_key=(number,))
+        return self.work(*batch, rng=np.random.default_rng(stream))
 
     @staticmethod
     def _convert(x: np.ndarray, y: np.ndarray) -> Batch:
@@ -146,5 +184,5 @@ class MnistDataGenerator:
         return images, _ONE_HOT[y]
 
     def __reduce__(self) -> tuple:
-        # A tuple of plain arrays: workers.py then puts them into memory that processes share.
+        # A tuple of plain arrays: the engine then puts them into memory that processes share.
         return type(self), (self.batch_size, self.work, self.seed, tuple(self.data))

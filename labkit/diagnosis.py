@@ -19,11 +19,11 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from labkit.engine import KINDS
-from labkit.engine.auto import usable_cores
 from labkit.engine.batches import Spec
 from labkit.engine.messages import Chunk, Ended, WorkerError
 from labkit.engine.pool import Job
 from labkit.engine.produce import IteratorFactory
+from labkit.machine import usable_cores
 from labkit.queue_runner import QueueRunner
 from labkit.quiet import tf
 
@@ -134,8 +134,8 @@ class Report:
 
     def plot(self) -> Any:
         """Predicted steps/s over the number of workers, with what was measured as points."""
-        from labkit import plots
-        from labkit.train import describe_machine
+        from labkit.instruments import plots
+        from labkit.machine import describe_machine
 
         return plots.diagnosis(self, describe_machine())
 

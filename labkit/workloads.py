@@ -1,22 +1,22 @@
 """What makes a generator heavy: waiting, pure Python that holds the lock, real augmentation.
 
 Each function returns a callable `work(images, labels) -> (images, labels)` for
-`MnistDataGenerator(work=...)`; write your own in the same form. NumPy only.
+`MnistDataGenerator(work=...)`; write your own in the same form. One that draws at random takes a
+third parameter `rng`, which the generator seeds for each batch. NumPy only.
 """
 
-import math
 import time
 from collections.abc import Callable
 
 import numpy as np
 
-Work = Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]
+from labkit.checks import expect, is_number
+
+Work = Callable[..., tuple[np.ndarray, np.ndarray]]
 
 
 def _amount(name: str, what: str, value: float) -> float:
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not number or not 0 <= value < math.inf:
-        raise ValueError(f"{name}: {what} must be a number >= 0, got {value!r}.")
+    expect(is_number(value), f"{name}: {what} must be a number >= 0", value)
     return float(value)
 
 
@@ -69,16 +69,20 @@ class distort:  # noqa: N801
     Bilinear sampling of a random affine map, in NumPy. `strength` 1.0 means up to 15 degrees,
     15 % of scale and shear, and 2.8 pixels of shift at 28 pixels; 0 leaves the images as they are.
     Images: float32 `[batch, height, width, channels]`, returned in the same shape and dtype.
+    The draws come from `rng`, which a `MnistDataGenerator` makes from its seed; called with two
+    arguments, each call draws differently.
     Raises ValueError unless strength is a number >= 0.
     """
 
     def __init__(self, strength: float = 1.0) -> None:
         self.strength = _amount("distort", "strength", strength)
 
-    def __call__(self, images: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def __call__(
+        self, images: np.ndarray, labels: np.ndarray, rng: np.random.Generator | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
         n, height, width, _ = images.shape
         # A fresh stream a call keeps threads that share this object independent without a lock.
-        rng = np.random.default_rng()
+        rng = np.random.default_rng() if rng is None else rng
         angle = np.deg2rad(15) * self.strength * rng.uniform(-1, 1, n)
         scale = 1 + 0.15 * self.strength * rng.uniform(-1, 1, (n, 2))
         shear = 0.15 * self.strength * rng.uniform(-1, 1, n)

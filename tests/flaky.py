@@ -21,7 +21,7 @@ from collections.abc import Set
 from contextlib import ExitStack
 from pathlib import Path
 
-from labkit.scaling import usable_cores
+from labkit.machine import usable_cores
 
 FILES = ":(glob)tests/**/test_*.py"
 # A busy loop must not outlive us, not even if we are killed.

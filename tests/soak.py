@@ -23,8 +23,8 @@ import numpy as np
 import psutil
 
 from labkit import QueueRunner
+from labkit.machine import describe_machine
 from labkit.quiet import tf
-from labkit.train import describe_machine
 
 v1 = tf.compat.v1
 ROOT = Path(__file__).parents[1]

@@ -2,12 +2,15 @@
 
 import subprocess
 import sys
+from functools import partial
 from itertools import islice
 
 import numpy as np
 import pytest
 
+from labkit import QueueRunner
 from labkit.data import Mnist, MnistDataGenerator, load_mnist
+from labkit.workloads import distort
 
 
 def test_all_the_real_digits_are_there():
@@ -68,16 +71,19 @@ def test_a_window_can_be_the_whole_training_set(numbered, index_of):
     assert index_of(images) == list(range(500))
 
 
-@pytest.mark.parametrize("n_workers", [1, 3, 7])
+@pytest.mark.parametrize("n_workers", [1, 3, 7, 20])
 def test_an_epoch_has_every_sample_once_over_all_workers(numbered, index_of, n_workers):
     data = MnistDataGenerator(32, data=numbered)
     shares = [
-        [i for images, _ in data.epoch_iterator(worker, n_workers) for i in index_of(images)]
+        [index_of(images) for images, _ in data.epoch_iterator(worker, n_workers)]
         for worker in range(n_workers)
     ]
     # Sorted and whole: disjoint and complete in one.
-    assert sorted(i for share in shares for i in share) == list(range(500))
+    batches = [batch for share in shares for batch in share]
+    assert sorted(i for batch in batches for i in batch) == list(range(500))
     assert max(map(len, shares)) - min(map(len, shares)) <= 1
+    # However many share it, the epoch is made of the same 16 batches, and one may be smaller.
+    assert sorted(map(len, batches)) == [20] + [32] * 15
 
 
 def test_an_epoch_is_shuffled_and_another_epoch_differently(numbered, index_of):
@@ -100,6 +106,70 @@ def test_passes_iterator_makes_one_epoch_after_the_other(numbered, index_of):
     rounds = [[i for images, _ in islice(passes, 5) for i in index_of(images)] for _ in range(3)]
     assert all(sorted(one) == list(range(500)) for one in rounds)
     assert rounds[0] != rounds[1] != rounds[2]
+
+
+def indices(iterator, count, index_of):
+    return [index_of(images) for images, _ in islice(iterator, count)]
+
+
+def test_the_orders_are_numpys_own_for_seed_and_epoch(numbered, index_of):
+    # What these seeds gave before iterators knew of epochs, in plain NumPy.
+    data = MnistDataGenerator(100, seed=7, data=numbered)
+    for epoch in (0, 3):
+        order = np.random.default_rng([7, epoch]).permutation(500).reshape(5, 100).tolist()
+        assert indices(data.epoch_iterator(epoch=epoch), 5, index_of) == order
+        assert indices(islice(data.passes_iterator(), epoch * 5, None), 5, index_of) == order
+    rng = np.random.default_rng([7, 2])
+    starts = [int(rng.integers(401)) for _ in range(20)]
+    assert [i[0] for i in indices(data.train_iterator(2), 20, index_of)] == starts
+
+
+@pytest.mark.parametrize("name", ["train_iterator", "epoch_iterator", "passes_iterator"])
+def test_a_fresh_epoch_has_other_batches_and_the_same_one_the_same(numbered, index_of, name):
+    def start(**which):
+        data = MnistDataGenerator(32, seed=7, data=numbered)
+        return indices(getattr(data, name)(**which), 10, index_of)
+
+    share = {"worker": 1} if name == "train_iterator" else {"worker": 1, "n_workers": 2}
+    assert start(**share, epoch=0) == start(**share)
+    first, second, third = (start(**share, epoch=epoch) for epoch in (0, 1, 2))
+    assert first != second != third != first
+    assert second == start(**share, epoch=1)
+
+
+def test_no_pass_of_any_epoch_repeats_an_order(numbered, index_of):
+    data = MnistDataGenerator(500, seed=3, data=numbered)
+    orders = [
+        tuple(order)
+        for epoch in range(8)
+        for order in indices(data.passes_iterator(epoch=epoch), 8, index_of)
+    ]
+    assert len(set(orders)) == 64
+
+
+def test_a_second_loop_over_a_runners_dataset_goes_on_with_other_batches(numbered, index_of):
+    data = MnistDataGenerator(50, data=numbered)
+    queue = {"capacity": 50, "min_after_dequeue": 0}
+    # The queue holds no more than the pass's first batch, so its shuffling changes no set.
+    with QueueRunner(data.passes_iterator, 50, **queue) as runner:
+        seen = [
+            {i for images, _ in runner.dataset().take(1) for i in index_of(images.numpy())}
+            for _ in range(3)
+        ]
+    assert seen[0] != seen[1] != seen[2]
+
+
+@pytest.mark.parametrize("n_workers", [1, 2, 4])
+@pytest.mark.parametrize("epoch", [0, 1])
+def test_passes_are_the_same_batches_in_turn_whatever_the_number_of_workers(
+    numbered, index_of, n_workers, epoch
+):
+    # 16 batches a pass by 1, 2, 4; and 5 a pass, which 2 and 4 do not divide.
+    for size in (32, 100):
+        data = MnistDataGenerator(size, data=numbered)
+        alone = indices(data.passes_iterator(epoch=epoch), 24, index_of)
+        shares = [data.passes_iterator(i, n_workers, epoch) for i in range(n_workers)]
+        assert [index_of(next(shares[k % n_workers])[0]) for k in range(24)] == alone
 
 
 @pytest.mark.parametrize("batch_size", [32, 130, 400])
@@ -151,6 +221,90 @@ def test_work_is_done_on_training_batches_only(numbered):
     assert np.array_equal(next(data.test_iterator())[0], next(plain.test_iterator())[0])
 
 
+def digits(count):
+    mnist = load_mnist()
+    return Mnist(mnist.x_train[:count], mnist.y_train[:count], *mnist[2:])
+
+
+def drawn(images, labels, rng):
+    return images + rng.random(images.shape, np.float32), labels
+
+
+@pytest.mark.parametrize("work", [distort(1.0), drawn], ids=["distort", "a function"])
+@pytest.mark.parametrize("n_workers", [1, 2, 4])
+def test_work_that_draws_gives_the_same_samples_whatever_the_number_of_workers(work, n_workers):
+    data = MnistDataGenerator(20, work, seed=5, data=digits(90))
+
+    def in_turn(name, n, count, epoch):
+        # One worker's whole share after the other's: what is drawn must not depend on whose turn
+        # it was before.
+        shares = [list(islice(getattr(data, name)(i, n, epoch), count)) for i in range(n)]
+        return [shares[k % n][k // n] for k in range(count)]
+
+    for name, count, epoch in [
+        ("passes_iterator", 13, 0),
+        ("passes_iterator", 13, 2),
+        ("epoch_iterator", 5, 1),
+    ]:
+        alone, shared = in_turn(name, 1, count, epoch), in_turn(name, n_workers, count, epoch)
+        for ours, theirs in zip(alone, shared, strict=True):
+            assert all(np.array_equal(a, b) for a, b in zip(ours, theirs, strict=True))
+
+
+@pytest.mark.parametrize("name", ["train_iterator", "epoch_iterator", "passes_iterator"])
+def test_each_batch_draws_from_a_stream_of_its_own(numbered, name):
+    draws = []
+
+    def keep(images, labels, rng):
+        draws.append(rng.integers(2**62))
+        return images, labels
+
+    iterator = getattr(MnistDataGenerator(100, keep, seed=5, data=numbered), name)
+    for epoch in (0, 1):
+        list(islice(iterator(epoch=epoch), 5))
+    once = list(draws)
+    for epoch in (0, 1):
+        list(islice(iterator(epoch=epoch), 5))
+    assert len(set(once)) == 10 and draws == once + once
+    if name == "train_iterator":
+        list(islice(iterator(worker=1), 5))
+        assert len(set(draws)) == 15
+    # Not the stream that made the order, from its start.
+    orders = {np.random.default_rng([5, k]).integers(2**62) for k in range(5)}
+    assert not orders & set(draws)
+
+
+def test_a_pass_and_the_epoch_of_its_number_draw_alike(numbered):
+    data = MnistDataGenerator(100, drawn, data=numbered)
+    third_pass = islice(data.passes_iterator(), 10, 15)
+    for a, b in zip(third_pass, data.epoch_iterator(epoch=2), strict=True):
+        assert np.array_equal(a[0], b[0])
+
+
+@pytest.mark.parametrize("workers", ["thread", "process"])
+def test_a_repeated_run_gives_the_same_samples_through_a_queue(workers):
+    def run(n_workers):
+        data = MnistDataGenerator(25, distort(1.0), seed=5, data=digits(500))
+        with QueueRunner(
+            data.epoch_iterator, 25, n_workers, workers, capacity=100, min_after_dequeue=25
+        ) as runner:
+            return sorted(image.tobytes() for x, _ in runner.dataset() for image in x.numpy())
+
+    samples = run(1)
+    assert len(set(samples)) == 500
+    assert run(2) == samples and run(3) == samples
+
+
+def test_an_rng_that_the_user_has_bound_is_left_alone(numbered):
+    theirs = np.random.default_rng(9)
+
+    def work(images, labels, rng):
+        assert rng is theirs
+        return images, labels
+
+    next(MnistDataGenerator(5, partial(work, rng=theirs), data=numbered).train_iterator())
+
+
 def test_samples_stay_uint8_in_memory():
     data = MnistDataGenerator(32)
     next(data.train_iterator())
@@ -175,10 +329,11 @@ def test_images_without_labels_are_refused(numbered, part):
         MnistDataGenerator(32, data=short)
 
 
+@pytest.mark.parametrize("name", ["epoch_iterator", "passes_iterator"])
 @pytest.mark.parametrize(("worker", "n_workers"), [(1, 1), (-1, 2), (0, 0)])
-def test_a_share_that_does_not_exist_is_refused(numbered, worker, n_workers):
-    with pytest.raises(ValueError, match="worker must be"):
-        next(MnistDataGenerator(32, data=numbered).epoch_iterator(worker, n_workers))
+def test_a_share_that_does_not_exist_is_refused(numbered, name, worker, n_workers):
+    with pytest.raises(ValueError, match=f"{name}: worker must be"):
+        next(getattr(MnistDataGenerator(32, data=numbered), name)(worker, n_workers))
 
 
 @pytest.mark.parametrize("seed", [-1, 1.5, "a"])

@@ -14,7 +14,8 @@ import pytest
 import labkit
 from labkit import MnistDataGenerator, QueueRunner, WorkerError
 from labkit.diagnosis import Demands, bounds
-from labkit.engine.auto import Scaler, _cgroup_cores, usable_cores
+from labkit.engine.auto import Scaler
+from labkit.machine import _cgroup_cores, usable_cores
 from labkit.quiet import tf
 from labkit.workloads import busy_python, sleep
 
@@ -281,5 +282,5 @@ def test_cores_respect_a_containers_quota(files, cores, tmp_path, monkeypatch):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(text + "\n")
     assert _cgroup_cores(tmp_path) == cores
-    monkeypatch.setattr("labkit.engine.auto._cgroup_cores", lambda: 0.5)
+    monkeypatch.setattr("labkit.machine._cgroup_cores", lambda: 0.5)
     assert usable_cores() == 1

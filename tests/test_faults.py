@@ -295,7 +295,7 @@ def test_a_stall_is_shown_with_the_line_that_it_stands_at(workers, consume, repe
     assert error.worker == 1
     assert f"worker 1 has delivered nothing for {timeout:g} s" in str(error)
     assert "time.sleep(seconds)  # where it stands" in str(error)
-    assert "workers.py" not in str(error)
+    assert "labkit/engine" not in str(error)
 
 
 def test_a_consumer_that_pauses_makes_no_worker_late(workers, consume, repeat):

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from labkit import MnistDataGenerator, WorkerError
-from labkit.train import Epoch, History, main, train
+from labkit.cli import main
+from labkit.train import Epoch, History, train
 
 # A queue that fills in a few batches, so that a run takes a second.
 QUICK = {
@@ -35,7 +36,7 @@ def few_digits(small_mnist):
 def history():
     epochs = [Epoch(2.0, 10, 1.5, 0.4, 0.7, 1.1, 0.8, 0.9), Epoch(1.0, 10, 0.5, 0.4, 0.8, 0.6)]
     return History(
-        {"pipeline": "queue", "n_threads": 4},
+        {"pipeline": "queue", "n_workers": 4},
         {"processor": "x", "cores": 2, "tensorflow": "2"},
         epochs,
         0.75,
@@ -157,7 +158,8 @@ def test_on_start_gets_the_running_runner_and_the_timer():
     [
         ({"pipeline": "tfrecord"}, "pipeline.*tfrecord"),
         ({"workers": "actor"}, "workers.*actor"),
-        ({"n_threads": 0}, "n_threads.*0"),
+        ({"n_workers": 0}, "n_workers.*0"),
+        ({"n_threads": 0}, "n_workers.*0"),
         ({"epochs": 0}, "epochs.*0"),
         ({"steps": 1.5}, r"steps.*1\.5"),
         ({"batch_size": 0}, "batch_size.*0"),
@@ -191,7 +193,8 @@ def test_the_history_of_a_real_run_comes_back_as_it_was(tmp_path):
 
 def test_numpy_integers_as_settings_can_be_saved(tmp_path):
     # train takes them, as from np.arange in a notebook's sweep.
-    result = train("constant", **{**QUICK, "steps": np.int64(2), "validate": False})
+    numbers = {"steps": np.int64(2), "seed": np.int32(3), "delay": np.float32(0)}
+    result = train("constant", **{**QUICK, **numbers, "validate": False})
     result.save(tmp_path / "run.json")
     assert History.load(tmp_path / "run.json").epochs == result.epochs
 
@@ -278,7 +281,7 @@ def test_json_and_plot_are_written(tmp_path):
     flags = [*FLAGS, "--json", str(json_file), "--plot", str(plot_file)]
     assert main(flags) == 0
     result = History.load(json_file)
-    assert len(result.epochs) == 2 and result.settings["n_threads"] == 1
+    assert len(result.epochs) == 2 and result.settings["n_workers"] == 1
     assert result.settings["command"].startswith("python -m labkit.train --steps 3")
     assert plot_file.read_bytes().startswith(b"\x89PNG")
 

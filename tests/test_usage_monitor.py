@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from labkit.monitor import UsageMonitor
+from labkit.instruments.usage_monitor import UsageMonitor
 
 HERE = Path(__file__).resolve().parent
 GIB = 2**30
@@ -88,7 +88,7 @@ def test_memory_sees_an_array_that_is_held():
 def test_cpu_counts_only_the_cores_that_the_process_may_use():
     script = """
         import os, time
-        from labkit.monitor import UsageMonitor
+        from labkit.instruments.usage_monitor import UsageMonitor
         one = min(os.sched_getaffinity(0))
         os.sched_setaffinity(0, {one})
         with UsageMonitor(interval=0.2) as usage:
@@ -160,7 +160,7 @@ def test_entering_twice_at_once_is_refused_and_the_first_block_goes_on():
 
 
 def test_a_probe_that_hangs_does_not_hang_the_end_of_the_block(monkeypatch):
-    monkeypatch.setattr("labkit.monitor._JOIN_SECONDS", 0.2)
+    monkeypatch.setattr("labkit.instruments.usage_monitor._JOIN_SECONDS", 0.2)
     release = threading.Event()
     with UsageMonitor(interval=0.01, probes={"stuck": lambda: release.wait(30)}) as usage:
         time.sleep(0.05)
@@ -247,7 +247,7 @@ def child(script: str, libraries: Path | None = None, **settings: str) -> dict:
 
 SAMPLE = """
     import time
-    from labkit.monitor import UsageMonitor
+    from labkit.instruments.usage_monitor import UsageMonitor
     with UsageMonitor(interval=0.02) as usage:
         time.sleep(0.3)
     report(usage)
@@ -304,7 +304,7 @@ def test_a_gpu_that_cannot_be_opened_does_not_hide_the_other(stub):
 def test_nvml_is_shut_down_after_each_block_also_after_an_exception(stub):
     script = """
         import ctypes
-        from labkit.monitor import UsageMonitor
+        from labkit.instruments.usage_monitor import UsageMonitor
         counts = []
         usage = UsageMonitor(interval=0.01)
         for error in (None, RuntimeError()):
@@ -358,7 +358,7 @@ def test_without_the_bindings_it_says_what_to_install():
     script = """
         import sys
         sys.modules["pynvml"] = None
-        from labkit.monitor import UsageMonitor
+        from labkit.instruments.usage_monitor import UsageMonitor
         with UsageMonitor() as usage:
             pass
         report(usage, tensorflow="tensorflow" in sys.modules)

@@ -1,39 +1,12 @@
-"""How many workers: the cores that this process may use, and the search behind n_workers="auto"."""
+"""How many workers: the search behind n_workers="auto"."""
 
 import math
-import os
 import time
-from pathlib import Path
+
+from labkit.machine import usable_cores as usable_cores
 
 _WINDOW, _PATIENCE = 0.7, 3.0  # seconds
 _SPARE = 1.15
-
-
-def usable_cores() -> int:
-    """Processor cores this process may use: the affinity mask and the container's quota, not the
-    number installed. At least 1.
-
-    Sources: sched_getaffinity(2); cgroup v2 `cpu.max`, cgroup v1 `cpu.cfs_quota_us`.
-    """
-    cores = (
-        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    )
-    quota = _cgroup_cores()
-    return max(1, min(cores, math.floor(quota)) if quota else cores)
-
-
-def _cgroup_cores(root: Path = Path("/sys/fs/cgroup")) -> float | None:
-    try:
-        quota, period = (root / "cpu.max").read_text().split()[:2]
-    except (OSError, ValueError):
-        try:
-            quota = (root / "cpu/cpu.cfs_quota_us").read_text().strip()
-            period = (root / "cpu/cpu.cfs_period_us").read_text().strip()
-        except OSError:
-            return None
-    if quota in ("max", "-1"):
-        return None
-    return float(quota) / float(period)
 
 
 class Scaler:

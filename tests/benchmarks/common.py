@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from labkit.data import MnistDataGenerator
+from labkit.machine import describe_machine
 from labkit.model import model_fn
 from labkit.queue_runner import QueueRunner
 from labkit.quiet import tf
-from labkit.train import describe_machine
 
 v1 = tf.compat.v1
 FIGURES = Path(__file__).resolve().parents[2] / "figures"

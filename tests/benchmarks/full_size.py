@@ -1,6 +1,6 @@
 """Draws figures/full_size.png from both runs: `python -m tests.benchmarks.full_size`."""
 
-from labkit import plots
+from labkit.instruments import plots
 from labkit.train import History
 from tests.benchmarks.common import FIGURES, median
 

@@ -14,6 +14,8 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
 
+from labkit.machine import describe_machine
+
 WAIT, COMPUTE, BOUND, OTHER = "#E69F00", "#0072B2", "#000000", "#009E73"
 _CYCLE = (COMPUTE, WAIT, OTHER, "#CC79A7", "#56B4E9", "#D55E00")
 
@@ -239,20 +241,6 @@ def series(
     return figure
 
 
-def images(rows: Mapping[str, Any], title: str) -> Figure:
-    """A row of small grey pictures for each label: arrays `[count, height, width]` or with a 1."""
-    count = min(8, *(len(pictures) for pictures in rows.values()))
-    figure, axes = _figure(8, 1.0 + 1.0 * len(rows), nrows=len(rows), ncols=count, squeeze=False)
-    for line, (label, pictures) in zip(axes, rows.items(), strict=True):
-        for ax, picture in zip(line, pictures, strict=False):
-            ax.imshow(np.squeeze(picture), cmap="gray_r")
-            ax.set(xticks=[], yticks=[])
-            ax.spines[:].set_visible(False)
-        line[0].set_ylabel(label, rotation=0, ha="right", va="center")
-    figure.suptitle(title)
-    return figure
-
-
 def usage(
     monitors: Mapping[str, Any], title: str, machine: Mapping[str, Any] | None = None
 ) -> Figure:
@@ -300,20 +288,11 @@ def usage(
     return figure
 
 
-def show(figure: Figure) -> None:
-    """Shows a figure in a notebook where it is not the cell's last expression."""
-    from IPython.display import display
-
-    display(figure)
-
-
 def keep(figure: Figure, name: str, data: Mapping[str, Any]) -> None:
     """Writes `name`.png and the data behind it, `name`.json, into the folder that the environment
     variable LABKIT_SAVE_FIGURES names; without it, does nothing, so that a run leaves no files."""
     folder = os.environ.get("LABKIT_SAVE_FIGURES")
     if folder:
-        from labkit.train import describe_machine
-
         save(figure, Path(folder) / f"{name}.png")
         text = json.dumps({"machine": describe_machine(), **data}, indent=1, default=float)
         (Path(folder) / f"{name}.json").write_text(text + "\n")
@@ -322,7 +301,9 @@ def keep(figure: Figure, name: str, data: Mapping[str, Any]) -> None:
 def diagnosis(report: Any, machine: Mapping[str, Any] | None = None) -> Figure:
     """Predicted steps/s of a `Report` over workers, its range, and measured points."""
     figure, ax = _figure()
-    for kind, colour, marker in (("thread", COMPUTE, "o"), ("process", OTHER, "s")):
+    kinds = dict.fromkeys(row.workers for row in report.rows)
+    colours = (COMPUTE, OTHER, "#CC79A7", "#56B4E9")
+    for kind, colour, marker in zip(kinds, colours, "os^D", strict=False):
         rows = [row for row in report.rows if row.workers == kind]
         counts = [row.n for row in rows]
         ax.fill_between(

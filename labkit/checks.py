@@ -1,0 +1,23 @@
+"""Checks of arguments, and one form for what they say: what was expected, and what came."""
+
+import math
+from numbers import Integral, Real
+from typing import Any
+
+
+def is_integer(value: Any, least: float = -math.inf, most: float = math.inf) -> bool:
+    """A whole number in the range, NumPy's included; True and False are none."""
+    whole = isinstance(value, Integral) and not isinstance(value, bool)
+    return whole and least <= value <= most
+
+
+def is_number(value: Any, least: float = 0.0) -> bool:
+    """A finite number from `least` on; True and False are none."""
+    number = isinstance(value, Real) and not isinstance(value, bool)
+    return number and least <= value < math.inf
+
+
+def expect(condition: bool, what: str, got: Any) -> None:
+    """Raises ValueError, `what` was expected and what came, unless the condition holds."""
+    if not condition:
+        raise ValueError(f"{what}, got {got!r}.")

@@ -1,0 +1,107 @@
+"""The names under which readers know labkit's parts, wherever the parts live now."""
+
+import importlib
+import subprocess
+import sys
+
+import pytest
+
+import labkit
+
+
+def alone(program: str) -> str:
+    """What the program prints, in a Python of its own."""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+# As README and the notebooks write them.
+KNOWN = [
+    "from labkit import QueueRunner, StepTimer, UsageMonitor, WorkerError, plots",
+    "from labkit import plots; plots.bars, plots.OTHER",
+    "import labkit; labkit.plots.bars",
+    "import labkit.plots; labkit.plots.bars",
+    "import labkit.monitor; labkit.monitor.StepTimer, labkit.monitor.UsageMonitor",
+    "from labkit.monitor import StepTimer, UsageMonitor",
+    "from labkit.data import Mnist, MnistDataGenerator, load_mnist",
+    "from labkit.workloads import busy_python, distort, sleep",
+    "from labkit.queue_runner import QueueRunner",
+    "from labkit.scaling import usable_cores",
+    "from labkit.diagnosis import bounds",
+    "from labkit.train import History, describe_machine, train",
+    "from labkit.model import model_fn",
+    "import labkit; labkit.diagnose, labkit.audit, labkit.Component",
+]
+
+
+@pytest.mark.parametrize("program", KNOWN)
+def test_the_names_that_readers_know_are_there(program):
+    # In this process too, which has all of them already.
+    exec(program, {})
+
+
+def test_each_is_there_when_it_is_the_first():
+    programs = "; ".join(f"[sys.modules.pop(m) for m in ours()]; {known}" for known in KNOWN)
+    ours = "import sys\ndef ours(): return [m for m in sys.modules if m.startswith('labkit')]\n"
+    assert alone(ours + programs) == ""
+
+
+def test_a_moved_module_is_the_module_and_no_copy():
+    from labkit import plots
+    from labkit.instruments import plots as home
+
+    assert plots is home and sys.modules["labkit.plots"] is home
+    assert home.__spec__.name == "labkit.instruments.plots"
+
+
+def test_a_module_that_became_two_gives_what_is_in_either():
+    monitor = importlib.import_module("labkit.monitor")
+    assert monitor.StepTimer is labkit.StepTimer
+    assert monitor.UsageMonitor is labkit.UsageMonitor
+    with pytest.raises(AttributeError, match=r"'labkit\.monitor' has no attribute 'Nothing'"):
+        monitor.Nothing  # noqa: B018
+    with pytest.raises(ImportError, match="Nothing"):
+        exec("from labkit.monitor import Nothing")
+
+
+def test_what_was_never_there_is_not_there():
+    with pytest.raises(ModuleNotFoundError, match=r"labkit\.nothing"):
+        importlib.import_module("labkit.nothing")
+    with pytest.raises(AttributeError, match="'nothing'"):
+        labkit.nothing  # noqa: B018
+
+
+SMALL = "epochs=1, steps=1, delay=0, capacity=96, min_after_dequeue=0, progress=False"
+
+
+def test_train_and_diagnose_are_functions_before_and_after_their_modules_are_imported():
+    program = f"""
+import labkit, inspect
+first, diagnose = labkit.train({SMALL}, validate=False), labkit.diagnose
+import labkit.train, labkit.diagnosis
+again = labkit.train({SMALL}, validate=False)
+from labkit.train import History, train
+print(type(first) is type(again) is History, labkit.train.train is train)
+print(inspect.signature(labkit.train) == inspect.signature(train))
+print(labkit.diagnose is diagnose is labkit.diagnosis.diagnose)
+"""
+    assert alone(program).split() == ["True"] * 4
+
+
+@pytest.mark.parametrize("first", ["import labkit.train", "from labkit.train import train"])
+def test_labkit_train_is_a_function_when_its_module_came_first(first):
+    program = f"{first}\nimport labkit\ntry: labkit.train(epochs=0)\nexcept ValueError: print(1)"
+    assert alone(program) == "1"
+
+
+def test_import_labkit_loads_no_heavy_package():
+    heavy = "{'tensorflow', 'keras', 'matplotlib', 'psutil', 'numpy'}"
+    assert alone(f"import sys, labkit; print({heavy} & set(sys.modules))") == "set()"
+    timer = "import sys; from labkit import StepTimer"
+    assert alone(f"{timer}; print({heavy} & set(sys.modules))") == "set()"
+
+
+def test_every_name_offered_is_there():
+    for name in [*labkit.__all__, *dir(labkit)]:
+        assert getattr(labkit, name) is not None
