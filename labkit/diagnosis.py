@@ -18,6 +18,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
+from labkit.auditing import Audit, audit
 from labkit.queue_runner import QueueRunner
 from labkit.quiet import tf
 from labkit.scaling import usable_cores
@@ -32,6 +33,8 @@ from labkit.workers import (
     WorkerError,
 )
 
+__all__ = ["Audit", "Demands", "Report", "Row", "audit", "bounds", "diagnose"]
+
 Kind = Literal["thread", "process"]
 _KINDS: tuple[Kind, ...] = ("thread", "process")
 _THREADS = (1, 2, 4, 8, 16, 32)
@@ -39,7 +42,6 @@ _ROUNDS = 2
 _STARTS = 4  # what starting the workers takes, in runs
 _PATIENCE = 3.0  # seconds to wait until every worker delivers
 _NOISE = 0.06
-_MOST_SAMPLES = 5_000_000
 
 
 @dataclass
@@ -563,109 +565,3 @@ class _Progress:
 
     def __exit__(self, *_: Any) -> None:
         self.bar.close()
-
-
-@dataclass
-class Audit:
-    """What an audit saw, in samples over all epochs.
-
-    Attributes:
-        expected: size of the data set times epochs; None if it is not known.
-        delivered: samples that came out of the queue.
-        repeated: deliveries of a sample beyond its first in an epoch.
-        missed: samples of the data set that an epoch did not deliver; None if unknown.
-        mixing: spread of a batch's positions in the data set over that of a perfectly mixed
-            batch: 1 is perfect, 0 is all neighbours; None if positions are unknown.
-    """
-
-    expected: int | None
-    delivered: int
-    repeated: int
-    missed: int | None
-    mixing: float | None
-
-    def __str__(self) -> str:
-        of = "" if self.expected is None else f" of {self.expected:,} expected"
-        missed = "unknown (give samples=)" if self.missed is None else f"{self.missed:,}"
-        mixing = "unknown" if self.mixing is None else f"{self.mixing:.2f} of a perfect mix"
-        return (
-            f"{self.delivered:,} samples delivered{of}: {self.repeated:,} repeated, "
-            f"{missed} missed; batches mixed to {mixing}."
-        )
-
-
-def audit(
-    iterator: Callable[..., Iterable[Any]],
-    epochs: int = 1,
-    workers: int = 4,
-    samples: int | None = None,
-    batch_size: int = 32,
-    tag: Callable[[Any], Any] | None = None,
-) -> Audit:
-    """Counts which samples of an epoch come twice and which not at all, through a `QueueRunner`.
-
-    Args:
-        iterator: an iterator factory. Methods of `MnistDataGenerator` run on tagged copies of its
-            data, so their samples are told apart exactly.
-        epochs: how many to watch. An epoch of an endless iterator is `samples` samples.
-        workers: threads.
-        samples: size of the data set; needed for endless iterators and to count misses.
-        batch_size: samples per batch.
-        tag: takes a batch, returns an integer for each sample, its position in the data set.
-            Default: samples are told apart by their content.
-
-    Raises:
-        ValueError: the iterator is endless and samples is not given.
-    """
-    from labkit.data import Mnist, MnistDataGenerator
-
-    owner = getattr(iterator, "__self__", None)
-    if isinstance(owner, MnistDataGenerator) and tag is None:
-        samples = len(owner.data.x_train) if samples is None else samples
-        numbers = np.arange(len(owner.data.x_train), dtype=np.uint32)
-        pixels = np.zeros((len(numbers), 4), np.uint8)
-        pixels[:] = numbers.view(np.uint8).reshape(-1, 4)
-        tagged = Mnist(pixels.reshape(-1, 2, 2), owner.data.y_train, *owner.data[2:])
-        copy = MnistDataGenerator(owner.batch_size, None, owner.seed, tagged)
-        iterator = getattr(copy, iterator.__name__)
-
-        def tag(batch: Any) -> Any:
-            bytes_ = np.rint(batch[0].numpy() * 255).astype(np.uint8).reshape(-1, 4)
-            return np.ascontiguousarray(bytes_).view(np.uint32).ravel()
-
-    delivered = repeated = missed = 0
-    spreads: list[float] = []
-    limit = _MOST_SAMPLES if samples is None else samples
-    with QueueRunner(iterator, batch_size, workers) as runner:
-        dataset = runner.dataset()
-        for _ in range(epochs):
-            seen: dict[Any, int] = {}
-            count = 0
-            for batch in dataset:
-                if count >= limit:  # one batch late, so that a finite iterator reaches its end
-                    break
-                tags = _content(batch) if tag is None else np.asarray(tag(batch))
-                tags = tags[: limit - count]
-                for one in tags.tolist():
-                    seen[one] = seen.get(one, 0) + 1
-                count += len(tags)
-                if tag is not None and len(tags) == batch_size:
-                    spreads.append(float(np.std(tags)))
-            if samples is None and count >= limit:
-                raise ValueError("audit: the iterator has no end; give samples=, the epoch's size.")
-            delivered += count
-            repeated += count - len(seen)
-            missed += 0 if samples is None else samples - len(seen)
-    perfect = None if samples is None else samples / np.sqrt(12) * np.sqrt(1 - 1 / batch_size)
-    return Audit(
-        None if samples is None else samples * epochs,
-        delivered,
-        repeated,
-        None if samples is None else missed,
-        float(np.mean(spreads) / perfect) if spreads and perfect else None,
-    )
-
-
-def _content(batch: Any) -> np.ndarray:
-    rows = [np.asarray(part) for part in tf.nest.flatten(batch)]
-    return np.array([hash(tuple(row[i].tobytes() for row in rows)) for i in range(len(rows[0]))])
