@@ -14,7 +14,8 @@ import numpy as np
 from labkit.workers import IteratorFactory
 
 _MOST_SAMPLES = 5_000_000
-_TIMEOUT = 60.0  # seconds, of QueueRunner: who is silent for longer has ended
+_TIMEOUT = 60.0  # seconds for a batch
+_SILENCE = _TIMEOUT + 1.0  # a worker that is silent for longer has not failed, but ended
 _SHARE_IT = (
     "Give the factory the parameters (worker, n_workers) and let each worker yield its own part, "
     "such as range(worker, size, n_workers)."
@@ -292,9 +293,9 @@ def _read(
             heard = time.monotonic()
             came += np.bincount(worker[wanted], minlength=len(due))
         np.maximum.at(furthest, worker, number + 1)
-        # A worker whose iterator has ended, while those of others have not, owes for ever.
-        if time.monotonic() - heard > _TIMEOUT and count >= most and np.any(furthest < due):
-            break
+        if count >= most and time.monotonic() - heard > _SILENCE:
+            # A worker whose iterator has ended, while others go on, owes no more.
+            due = np.minimum(due, furthest)
     return _joined(read), False
 
 

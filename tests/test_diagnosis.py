@@ -617,7 +617,7 @@ def test_audit_of_an_endless_iterator_does_not_depend_on_who_is_fast():
 
 
 def test_audit_ends_where_one_worker_of_an_endless_iterator_has_none(monkeypatch):
-    monkeypatch.setattr("labkit.auditing._TIMEOUT", 0.5)
+    monkeypatch.setattr("labkit.auditing._SILENCE", 0.5)
 
     def one_is_empty(worker):
         while worker != 1:
