@@ -11,14 +11,16 @@ import html
 import inspect
 import io
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from statistics import fmean
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from labkit.engine import KINDS
+from labkit.auditing import Audit, audit, expect, is_count
+from labkit.engine import KINDS, interrupts
 from labkit.engine.batches import Spec
 from labkit.engine.messages import Chunk, Ended, WorkerError
 from labkit.engine.pool import Job
@@ -27,6 +29,8 @@ from labkit.machine import usable_cores
 from labkit.queue_runner import QueueRunner
 from labkit.quiet import tf
 
+__all__ = ["Audit", "Demands", "Report", "Row", "audit", "bounds", "diagnose"]
+
 Kind = Literal["thread", "process"]
 _KINDS: tuple[Kind, ...] = ("thread", "process")
 _THREADS = (1, 2, 4, 8, 16, 32)
@@ -34,7 +38,7 @@ _ROUNDS = 2
 _STARTS = 4  # what starting the workers takes, in runs
 _PATIENCE = 3.0  # seconds to wait until every worker delivers
 _NOISE = 0.06
-_MOST_SAMPLES = 5_000_000
+_ABSENT = object()
 
 
 @dataclass
@@ -90,7 +94,7 @@ class Report:
     Attributes:
         verdict: one sentence: what bounds the training, and by how much.
         nature: what the generator does: "waits", "holds the GIL", "uses all cores" or "computes
-            outside the GIL".
+            outside the GIL"; "computes" where threads were not considered.
         rows: predicted steps/s for each kind and number of workers.
         best: the recommended row.
         speed_up: predicted rate of `best` over that of the plain serial loop.
@@ -117,14 +121,22 @@ class Report:
         return QueueRunner(self.iterator, **{**chosen, "workers": self.best.workers, **options})
 
     def check(self, seconds: float = 4.0) -> list[Row]:
-        """Runs the recommended setting and two others, and returns the rows with `measured` set."""
+        """Runs the recommended setting and two others, and returns the rows with `measured` set.
+
+        The model gets its state back afterwards, or `restore` is called, as for `diagnose`.
+
+        Raises:
+            ValueError: seconds, for each setting, is not above 0.
+            WorkerError: the iterator failed.
+        """
+        _expect_seconds("check", seconds)
         others = sorted(
             (row for row in self.rows if row is not self.best),
             key=lambda row: (row.workers == self.best.workers, -abs(np.log(row.n / self.best.n))),
         )
         # One of the other kind and one of the same, each the nearest in number.
         picked = [self.best, *{row.workers: row for row in others}.values()]
-        with self.model.weights_kept():
+        with self.model.kept():
             for row in picked:
                 row.measured = self._measure(row, seconds)
         return picked
@@ -139,8 +151,19 @@ class Report:
 
         return plots.diagnosis(self, describe_machine())
 
+    @property
+    def note(self) -> str:
+        """That a callable step was really taken, and how often, if nothing puts that right."""
+        if self.model.puts_back:
+            return ""
+        return (
+            f"Your step was really taken, {self.model.taken:,} times, and has trained whatever it "
+            "trains. Give diagnose(..., restore=) a function that puts that back."
+        )
+
     def __str__(self) -> str:
-        lines = [self.verdict, "", "workers   n   steps/s predicted      measured   bound by"]
+        lines = [self.verdict, *([self.note] if self.note else []), ""]
+        lines.append("workers   n   steps/s predicted      measured   bound by")
         for row in self.rows:
             mark = "<- recommended" if row is self.best else ""
             measured = f"{row.measured:8.1f}" if row.measured else " " * 8
@@ -159,11 +182,12 @@ class Report:
             f"<td>{row.bound_by}</td></tr>"
             for row in self.rows
         )
+        note = f"<p>{html.escape(self.note)}</p>" if self.note else ""
         picture = io.BytesIO()
         self.plot().savefig(picture, format="png")
         image = base64.b64encode(picture.getvalue()).decode()
         return (
-            f"<p><b>{html.escape(self.verdict)}</b></p><table><tr><th>workers</th><th>n</th>"
+            f"<p><b>{html.escape(self.verdict)}</b></p>{note}<table><tr><th>workers</th><th>n</th>"
             "<th>steps/s predicted</th><th>range</th><th>measured</th><th>bound by</th></tr>"
             f'{cells}</table><img style="max-width:100%" src="data:image/png;base64,{image}">'
         )
@@ -175,12 +199,22 @@ def diagnose(
     seconds: float = 20.0,
     batch_size: int | None = None,
     progress: bool = True,
+    workers: Kind | Iterable[Kind] = _KINDS,
+    restore: Callable[[], Any] | None = None,
 ) -> Report:
     """Finds out what bounds the training, and which workers would cure it.
 
     Measures the generator alone (one and two threads, one and two processes), the model alone on a
-    repeated batch, and both together; predicts the rest. A compiled Keras model gets its weights
-    and its optimizer's state back.
+    repeated batch, and both together; predicts the rest.
+
+    A compiled Keras model gets its state back, also after an error or an interrupt: weights, the
+    variables of its optimizers (with the count of iterations, which learning-rate schedules
+    follow), metrics, seed generators, `stop_training` and `history`. One that is not built yet is
+    built from the first batch, as its first `fit` would do it. Random states outside the model
+    (Python's, NumPy's, TensorFlow's) move on.
+
+    **A callable step is really taken**, hundreds or thousands of times, and trains whatever it
+    trains; the report says how often. Only `restore` puts that back.
 
     Args:
         iterator: an iterator factory, as for `QueueRunner`.
@@ -189,43 +223,115 @@ def diagnose(
         seconds: rough total to spend. Default 20.
         batch_size: samples per step. Default: as many as the generator's batches have.
         progress: show a bar.
+        workers: the kinds to consider: "thread", "process", or several of them. Default: both.
+            One thread is measured in any case, since that is the serial loop.
+        restore: called without arguments when `diagnose` has used the step, and again when the
+            report's `check()` has, also where they fail.
 
     Raises:
-        TypeError: the model is none of these, or the iterator no factory.
+        TypeError: the model is none of these, is not compiled, or cannot be built without a step;
+            or the iterator is no factory, or cannot be sent to a process where only those are
+            considered.
+        ValueError: another argument is not as above.
         WorkerError: the iterator failed; its traceback is in the message.
     """
+    _expect_seconds("diagnose", seconds)
+    expect(
+        batch_size is None or is_count(batch_size),
+        "diagnose: batch_size must be None or an integer >= 1",
+        batch_size,
+    )
+    expect(
+        restore is None or callable(restore),
+        "diagnose: restore must be None or callable as restore()",
+        restore,
+    )
+    kinds = _kinds(workers)
     began = time.monotonic()
+    runs = _Model.of(model, restore)
     with _Progress(progress) as bar:
         bar("first batch")
         first, spec = _first_batch(iterator)
-        size = batch_size or len(np.asarray(spec.flatten(first)[0]))
-        runs = _Model.of(model)
-        # 4 runs of the generator, 2 of the model, and up to 8 settings of both, in rounds.
+        size = int(batch_size or len(np.asarray(spec.flatten(first)[0])))
+        repeated = _repeat(first, spec, size)
+        runs.build(repeated)
+        # Runs of the generator, 2 of the model, and up to 8 settings of both, in rounds.
         slot = seconds / (6 + 8 * _ROUNDS + _STARTS)
-        with runs.weights_kept():
-            bar("model alone")
-            repeated = _repeat(first, spec, size)
-            runs.run(repeated, 0.2)
-            step, step_cpu = runs.run(repeated, slot)
-            alone, problems = _alone_in_each(iterator, slot, bar)
-            demands: dict[Kind, Demands] = {}
-            cores = usable_cores()
-            for kind in _KINDS:
-                if kind not in problems:
-                    one, two = alone[kind, 1], alone[kind, 2]
-                    lock = size / two.rate if two.rate < 1.6 * one.rate else 0.0
-                    cpu = size * alone["thread", 1].cpu
-                    demands[kind] = Demands(size / one.rate, cpu, lock, step, step_cpu, cores)
-            settings = [(kind, n) for kind, need in demands.items() for n in _to_try(kind, need)]
-            together: dict[tuple[Kind, int], list[float]] = {setting: [] for setting in settings}
-            bar.expect(len(settings) * _ROUNDS + 1)
-            for _ in range(_ROUNDS):
-                for kind, n in settings:
-                    bar(f"both, {n} {_workers(kind, n)}")
-                    rate = _together(iterator, runs, kind, n, size, slot)
-                    together[kind, n].append(rate)
-            bar("model alone again")
-            again, _ = runs.run(repeated, slot)
+        with runs.kept():
+            measured = _measure(iterator, runs, repeated, size, kinds, slot, bar)
+    return _report(measured, began, iterator, runs, size)
+
+
+def _expect_seconds(who: str, seconds: Any) -> None:
+    number = isinstance(seconds, (int, float, np.number)) and not isinstance(seconds, bool)
+    fits = number and 0 < seconds < np.inf
+    expect(fits, f"{who}: seconds must be a number > 0", seconds)
+
+
+def _kinds(workers: Any) -> tuple[Kind, ...]:
+    several = isinstance(workers, Iterable) and not isinstance(workers, (str, bytes))
+    given = list(workers) if several else [workers]
+    expect(
+        bool(given) and all(isinstance(kind, str) and kind in _KINDS for kind in given),
+        "diagnose: workers must be 'thread', 'process' or a tuple of these, the kinds to consider",
+        workers,
+    )
+    return tuple(kind for kind in _KINDS if kind in given)
+
+
+class _Measured(NamedTuple):
+    """What `diagnose` measured: rates of the generator alone, samples/s; seconds per step of the
+    model at the start and at the end; steps/s of both together."""
+
+    alone: dict[tuple[Kind, int], "_Alone"]
+    problems: dict[Kind, str]
+    demands: dict[Kind, Demands]
+    together: dict[tuple[Kind, int], list[float]]
+    step: float
+    again: float
+
+
+def _measure(
+    iterator: Callable[..., Iterable[Any]],
+    runs: "_Model",
+    repeated: tf.data.Dataset,
+    size: int,
+    kinds: tuple[Kind, ...],
+    slot: float,
+    bar: "_Progress",
+) -> _Measured:
+    bar("model alone")
+    runs.run(repeated, 0.2)
+    step, step_cpu = runs.run(repeated, slot)
+    alone, problems = _alone_in_each(iterator, kinds, slot, bar)
+    demands: dict[Kind, Demands] = {}
+    cores = usable_cores()
+    cpu = size * alone["thread", 1].cpu
+    for kind in kinds:
+        if kind not in problems:
+            one, two = alone[kind, 1], alone[kind, 2]
+            lock = size / two.rate if two.rate < 1.6 * one.rate else 0.0
+            demands[kind] = Demands(size / one.rate, cpu, lock, step, step_cpu, cores)
+    settings = [(kind, n) for kind, need in demands.items() for n in _to_try(kind, need)]
+    together: dict[tuple[Kind, int], list[float]] = {setting: [] for setting in settings}
+    bar.expect(len(settings) * _ROUNDS + 1)
+    for _ in range(_ROUNDS):
+        for kind, n in settings:
+            bar(f"both, {n} {_workers(kind, n)}")
+            together[kind, n].append(_together(iterator, runs, kind, n, size, slot))
+    bar("model alone again")
+    again, _ = runs.run(repeated, slot)
+    return _Measured(alone, problems, demands, together, step, again)
+
+
+def _report(
+    measured: _Measured,
+    began: float,
+    iterator: Callable[..., Iterable[Any]],
+    runs: "_Model",
+    size: int,
+) -> Report:
+    alone, problems, demands, together, step, again = measured
     drift = abs(again / step - 1)
     rows = [
         row
@@ -236,12 +342,13 @@ def diagnose(
     ]
     nature = _nature(alone)
     model_rate = 2 / (step + again)
-    serial = 1 / (demands["thread"].wall + 1 / model_rate)
+    wall = size / alone["thread", 1].rate
+    serial = 1 / (wall + 1 / model_rate)
     top = max(row.predicted for row in rows)
     # The cheapest of those that are as good: fewer workers, and threads before processes.
     good = [row for row in rows if row.predicted >= 0.97 * top]
     best = min(good, key=lambda row: (row.workers == "process", row.n))
-    verdict = _verdict(nature, best, model_rate, serial, demands["thread"].wall)
+    verdict = _verdict(nature, best, model_rate, serial, wall)
     if problems:
         verdict += " Processes could not be tried: " + problems["process"].split("\n")[0]
     return Report(
@@ -295,16 +402,18 @@ def _predict(kind: Kind, need: Demands, measured: dict[int, float], margin: floa
 
 
 def _nature(alone: dict[tuple[Kind, int], "_Alone"]) -> str:
-    one, two = alone["thread", 1], alone["thread", 2]
+    def gain(kind: Kind, unknown: float) -> float:
+        return alone[kind, 2].rate / alone[kind, 1].rate if (kind, 2) in alone else unknown
+
+    one = alone["thread", 1]
     busy = one.cpu * one.rate
-    threads, processes = two.rate / one.rate, 2.0
-    if ("process", 2) in alone:
-        processes = alone["process", 2].rate / alone["process", 1].rate
-    if busy < 0.5 and threads > 1.4:
+    if busy < 0.5 and gain("thread", 2.0) > 1.4:
         return "waits"
-    if busy > 1.4 or (threads < 1.4 and processes < 1.3):
+    if busy > 1.4 or (gain("thread", 1.0) < 1.4 and gain("process", 2.0) < 1.3):
         return "uses all cores"
-    return "holds the GIL" if threads < 1.4 else "computes outside the GIL"
+    if ("thread", 2) not in alone:
+        return "computes"
+    return "holds the GIL" if gain("thread", 1.0) < 1.4 else "computes outside the GIL"
 
 
 def _workers(kind: Kind, n: int) -> str:
@@ -356,19 +465,25 @@ class _Alone(NamedTuple):
 
 
 def _alone_in_each(
-    iterator: Callable[..., Iterable[Any]], seconds: float, bar: "_Progress"
+    iterator: Callable[..., Iterable[Any]],
+    kinds: tuple[Kind, ...],
+    seconds: float,
+    bar: "_Progress",
 ) -> tuple[dict[tuple[Kind, int], _Alone], dict[Kind, str]]:
-    """One and two workers of each kind; and why a kind cannot be had, if so."""
+    """One thread, one and two workers of each kind; and why a kind cannot be had, if so."""
     alone: dict[tuple[Kind, int], _Alone] = {}
     problems: dict[Kind, str] = {}
-    for kind in _KINDS:
-        for n in (1, 2):
-            bar(f"generator in {n} {_workers(kind, n)}")
-            try:
-                alone[kind, n] = _alone(iterator, kind, n, seconds)
-            except (TypeError, OSError, MemoryError) as error:
-                problems[kind] = str(error)
-                break
+    settings: list[tuple[Kind, int]] = [(kind, n) for kind in kinds for n in (1, 2)]
+    for kind, n in dict.fromkeys([("thread", 1), *settings]):
+        if kind in problems:
+            continue
+        bar(f"generator in {n} {_workers(kind, n)}")
+        try:
+            alone[kind, n] = _alone(iterator, kind, n, seconds)
+        except (TypeError, OSError, MemoryError) as error:
+            if kind == "thread" or len(kinds) == 1:
+                raise
+            problems[kind] = str(error)
     return alone, problems
 
 
@@ -425,30 +540,46 @@ def _together(
 
 
 class _Model:
-    """Something that takes steps; `run` returns seconds and processor seconds per step."""
+    """Something that takes steps; `run` returns seconds and processor seconds per step.
 
-    def __init__(self, take: Callable[[Any], Any]) -> None:
-        self.take = take
+    `taken` counts the steps; `puts_back` tells whether they leave no trace after `kept()`.
+    """
+
+    def __init__(
+        self,
+        take: Callable[[Any], Any],
+        restore: Callable[[], Any] | None = None,
+        puts_back: bool = False,
+    ) -> None:
+        self.take, self.restore, self.puts_back = take, restore, puts_back or restore is not None
+        self.taken = 0
 
     @staticmethod
-    def of(model: Any) -> "_Model":
+    def of(model: Any, restore: Callable[[], Any] | None) -> "_Model":
         if isinstance(model, (int, float)) and not isinstance(model, bool) and model > 0:
-            return _Model(lambda batch: time.sleep(model))
+            return _Model(lambda batch: time.sleep(model), restore, puts_back=True)
         if isinstance(model, tf.keras.Model):
             if not model.compiled:
                 raise TypeError("diagnose: expected a compiled Keras model; call model.compile().")
-            return _KerasModel(model)
+            return _KerasModel(model, restore)
         if callable(model):
-            return _Model(_unpacking(model))
+            return _Model(_unpacking(model), restore)
         raise TypeError(
             "diagnose: model must be a compiled Keras model, a callable train step or the seconds "
             f"per step (> 0), got {model!r}."
         )
 
-    def weights_kept(self) -> Any:
-        from contextlib import nullcontext
+    def build(self, batches: tf.data.Dataset) -> None:
+        """Gives it all the state that the steps will change."""
 
-        return nullcontext()
+    @contextmanager
+    def kept(self) -> Iterator[None]:
+        """Puts back what the steps within change, as far as that is known."""
+        try:
+            yield
+        finally:
+            if self.restore is not None:
+                self.restore()
 
     def run(
         self,
@@ -463,33 +594,77 @@ class _Model:
 
     def _walk(self, dataset: tf.data.Dataset, enough: Callable[[], bool]) -> None:
         for batch in dataset:
+            self.taken += 1
             self.take(batch)
             if enough():
                 break
 
 
 class _KerasModel(_Model):
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, restore: Callable[[], Any] | None) -> None:
+        super().__init__(model, restore, puts_back=True)
         self.model = model
 
-    def weights_kept(self) -> Any:
-        from contextlib import contextmanager
+    def _optimizers(self) -> list[Any]:
+        """Its own, and those that a `train_step` of the user's keeps in other attributes."""
+        kind = tf.keras.optimizers.Optimizer
+        found = [self.model.optimizer]
+        for value in vars(self.model).values():
+            value = list(value.values()) if isinstance(value, dict) else value
+            found += value if isinstance(value, (list, tuple)) else [value]
+        return list({id(thing): thing for thing in found if isinstance(thing, kind)}.values())
 
-        @contextmanager
-        def keep() -> Any:
-            if not self.model.built:
-                yield
-                return
-            self.model.optimizer.build(self.model.trainable_variables)
-            variables = [*self.model.variables, *self.model.optimizer.variables]
+    def build(self, batches: tf.data.Dataset) -> None:
+        model, main = self.model, self.model.optimizer
+        parts = model._flatten_layers()
+        others = [optimizer for optimizer in self._optimizers() if optimizer is not main]
+        if all(part.built for part in [*parts, *others]):
+            return
+        # Any number of rows: a Sequential model would insist on the first batch's for ever.
+        batch = tf.nest.map_structure(
+            lambda part: tf.TensorSpec([None, *part.shape[1:]], part.dtype), batches.element_spec
+        )
+
+        def step(data: Any) -> Any:
+            return model.distribute_strategy.run(model.train_step, args=(data,))
+
+        try:
+            # Traced, not run: variables come into being as in the first fit, and stay as they are.
+            tf.function(step, autograph=False).get_concrete_function(batch)
+        except Exception as error:
+            first_line = (str(error).strip() or "no message").split("\n")[0]
+            raise TypeError(
+                f"diagnose: expected a Keras model that is built, or that the first batch can "
+                f"build without a training step; {type(model).__name__} is not, and building it "
+                f"raised {type(error).__name__}: {first_line}\nCheck that the batch fits the "
+                "model, and build it first: call it once on a batch, model(x)."
+            ) from error
+
+    @contextmanager
+    def kept(self) -> Iterator[None]:
+        with super().kept():
+            model = self.model
+            if model.optimizer is not None and not model.optimizer.built:
+                model.optimizer.build(model.trainable_variables)
+            variables = [*model.variables, *model.metrics_variables]
+            for optimizer in self._optimizers():
+                variables += optimizer.variables
             before = [variable.numpy() for variable in variables]
+            names = ("stop_training", "history")
+            attributes = {name: getattr(model, name, _ABSENT) for name in names}
             try:
                 yield
             finally:
-                for variable, value in zip(variables, before, strict=True):
-                    variable.assign(value)
-
-        return keep()
+                with interrupts.held_back():
+                    # Those that came into being with the first step were fresh before it.
+                    model.reset_metrics()
+                    for variable, value in zip(variables, before, strict=True):
+                        variable.assign(value)
+                    for name, attribute in attributes.items():
+                        if attribute is not _ABSENT:
+                            setattr(model, name, attribute)
+                        elif hasattr(model, name):
+                            delattr(model, name)
 
     def _walk(self, dataset: tf.data.Dataset, enough: Callable[[], bool]) -> None:
         model = self.model
@@ -557,109 +732,3 @@ class _Progress:
 
     def __exit__(self, *_: Any) -> None:
         self.bar.close()
-
-
-@dataclass
-class Audit:
-    """What an audit saw, in samples over all epochs.
-
-    Attributes:
-        expected: size of the data set times epochs; None if it is not known.
-        delivered: samples that came out of the queue.
-        repeated: deliveries of a sample beyond its first in an epoch.
-        missed: samples of the data set that an epoch did not deliver; None if unknown.
-        mixing: spread of a batch's positions in the data set over that of a perfectly mixed
-            batch: 1 is perfect, 0 is all neighbours; None if positions are unknown.
-    """
-
-    expected: int | None
-    delivered: int
-    repeated: int
-    missed: int | None
-    mixing: float | None
-
-    def __str__(self) -> str:
-        of = "" if self.expected is None else f" of {self.expected:,} expected"
-        missed = "unknown (give samples=)" if self.missed is None else f"{self.missed:,}"
-        mixing = "unknown" if self.mixing is None else f"{self.mixing:.2f} of a perfect mix"
-        return (
-            f"{self.delivered:,} samples delivered{of}: {self.repeated:,} repeated, "
-            f"{missed} missed; batches mixed to {mixing}."
-        )
-
-
-def audit(
-    iterator: Callable[..., Iterable[Any]],
-    epochs: int = 1,
-    workers: int = 4,
-    samples: int | None = None,
-    batch_size: int = 32,
-    tag: Callable[[Any], Any] | None = None,
-) -> Audit:
-    """Counts which samples of an epoch come twice and which not at all, through a `QueueRunner`.
-
-    Args:
-        iterator: an iterator factory. Methods of `MnistDataGenerator` run on tagged copies of its
-            data, so their samples are told apart exactly.
-        epochs: how many to watch. An epoch of an endless iterator is `samples` samples.
-        workers: threads.
-        samples: size of the data set; needed for endless iterators and to count misses.
-        batch_size: samples per batch.
-        tag: takes a batch, returns an integer for each sample, its position in the data set.
-            Default: samples are told apart by their content.
-
-    Raises:
-        ValueError: the iterator is endless and samples is not given.
-    """
-    from labkit.data import Mnist, MnistDataGenerator
-
-    owner = getattr(iterator, "__self__", None)
-    if isinstance(owner, MnistDataGenerator) and tag is None:
-        samples = len(owner.data.x_train) if samples is None else samples
-        numbers = np.arange(len(owner.data.x_train), dtype=np.uint32)
-        pixels = np.zeros((len(numbers), 4), np.uint8)
-        pixels[:] = numbers.view(np.uint8).reshape(-1, 4)
-        tagged = Mnist(pixels.reshape(-1, 2, 2), owner.data.y_train, *owner.data[2:])
-        copy = MnistDataGenerator(owner.batch_size, None, owner.seed, tagged)
-        iterator = getattr(copy, iterator.__name__)
-
-        def tag(batch: Any) -> Any:
-            bytes_ = np.rint(batch[0].numpy() * 255).astype(np.uint8).reshape(-1, 4)
-            return np.ascontiguousarray(bytes_).view(np.uint32).ravel()
-
-    delivered = repeated = missed = 0
-    spreads: list[float] = []
-    limit = _MOST_SAMPLES if samples is None else samples
-    with QueueRunner(iterator, batch_size, workers) as runner:
-        dataset = runner.dataset()
-        for _ in range(epochs):
-            seen: dict[Any, int] = {}
-            count = 0
-            for batch in dataset:
-                if count >= limit:  # one batch late, so that a finite iterator reaches its end
-                    break
-                tags = _content(batch) if tag is None else np.asarray(tag(batch))
-                tags = tags[: limit - count]
-                for one in tags.tolist():
-                    seen[one] = seen.get(one, 0) + 1
-                count += len(tags)
-                if tag is not None and len(tags) == batch_size:
-                    spreads.append(float(np.std(tags)))
-            if samples is None and count >= limit:
-                raise ValueError("audit: the iterator has no end; give samples=, the epoch's size.")
-            delivered += count
-            repeated += count - len(seen)
-            missed += 0 if samples is None else samples - len(seen)
-    perfect = None if samples is None else samples / np.sqrt(12) * np.sqrt(1 - 1 / batch_size)
-    return Audit(
-        None if samples is None else samples * epochs,
-        delivered,
-        repeated,
-        None if samples is None else missed,
-        float(np.mean(spreads) / perfect) if spreads and perfect else None,
-    )
-
-
-def _content(batch: Any) -> np.ndarray:
-    rows = [np.asarray(part) for part in tf.nest.flatten(batch)]
-    return np.array([hash(tuple(row[i].tobytes() for row in rows)) for i in range(len(rows[0]))])

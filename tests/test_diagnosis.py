@@ -13,7 +13,7 @@ import pytest
 
 import labkit
 from labkit import MnistDataGenerator, QueueRunner, WorkerError
-from labkit.diagnosis import Demands, bounds
+from labkit.diagnosis import Audit, Demands, _Watch, bounds
 from labkit.engine.auto import Scaler
 from labkit.machine import _cgroup_cores, usable_cores
 from labkit.quiet import tf
@@ -21,8 +21,18 @@ from labkit.workloads import busy_python, sleep
 
 QUICK = {"seconds": 3.0, "progress": False}
 VERY_QUICK = {"seconds": 0.8, "progress": False}
+KINDS = ("thread", "process")
+# For tests that look at no rates: as few steps as there can be.
+NO_TIME = {"seconds": 0.01, "progress": False, "workers": "thread"}
 # By value: a worker process that imported this file would import TensorFlow with it.
 cloudpickle.register_pickle_by_value(sys.modules[__name__])
+
+
+@pytest.fixture
+def few_settings(monkeypatch):
+    """As few runs as there can be, for tests that look at no rates."""
+    monkeypatch.setattr("labkit.diagnosis._THREADS", (1, 2))
+    monkeypatch.setattr("labkit.diagnosis._ROUNDS", 1)
 
 
 def light(worker=0):
@@ -134,6 +144,42 @@ def test_a_callable_step_gets_the_batch_in_its_own_form(takes):
     assert set(seen) == {((8, 4), (8, 1))}
 
 
+@pytest.mark.parametrize("fails", [False, True])
+def test_what_a_callable_step_changes_is_restored_each_time(fails, few_settings):
+    weights, restored = {"value": 0}, []
+
+    def step(batch):
+        weights["value"] += 1
+        if fails and weights["value"] == 20:
+            raise ArithmeticError("the loss is not finite")
+
+    def restore():
+        restored.append(weights["value"])
+        weights["value"] = 0
+
+    if fails:
+        with pytest.raises(ArithmeticError, match="not finite"):
+            labkit.diagnose(light, step, restore=restore, **NO_TIME)
+        assert restored == [20] and weights["value"] == 0
+        return
+    report = labkit.diagnose(light, step, restore=restore, **NO_TIME)
+    assert len(restored) == 1 and restored[0] > 0 and weights["value"] == 0
+    report.check(0.01)
+    assert len(restored) == 2 and restored[1] > 0 and weights["value"] == 0
+    assert "really taken" not in str(report)
+
+
+def test_without_restore_the_report_says_how_often_a_callable_step_was_really_taken(few_settings):
+    taken = []
+    report = labkit.diagnose(light, lambda batch: taken.append(1), **NO_TIME)
+    for _ in range(2):
+        says = f"really taken, {len(taken):,} times"
+        assert says in str(report) and says in report._repr_html_()
+        assert "restore=" in str(report)
+        report.check(0.01)
+    assert "really taken" not in str(labkit.diagnose(light, 0.0001, **NO_TIME))
+
+
 @pytest.mark.parametrize("model", [None, "resnet", -1, 0, True])
 def test_a_wrong_model_is_named(model):
     with pytest.raises(TypeError, match="compiled Keras model, a callable train step or the sec"):
@@ -152,6 +198,255 @@ def test_the_generators_own_error_arrives():
 
     with pytest.raises(WorkerError, match=r"(?s)raise OSError.*no disk"):
         labkit.diagnose(broken, 0.01, **QUICK)
+
+
+# -- a Keras model is left as it was ---------------------------------------------------------------
+
+
+def dense_model(**first):
+    layers = tf.keras.layers
+    return [layers.Dense(8, **first), layers.BatchNormalization(), layers.Dropout(0.5)]
+
+
+def compiled(model):
+    rate = tf.keras.optimizers.schedules.ExponentialDecay(0.1, 2, 0.5)
+    model.compile(tf.keras.optimizers.Adam(rate), "mse", metrics=["mae"], jit_compile=False)
+    return model
+
+
+def sequential():
+    return compiled(tf.keras.Sequential([*dense_model(), tf.keras.layers.Dense(1)]))
+
+
+def subclass():
+    class Net(tf.keras.Model):
+        def __init__(self):
+            super().__init__()
+            self.body, self.head = dense_model(), tf.keras.layers.Dense(1)
+
+        def call(self, x, training=False):
+            for layer in self.body:
+                x = layer(x, training=training) if layer is not self.body[0] else layer(x)
+            return self.head(x)
+
+    return compiled(Net())
+
+
+def functional_of_a_dict():
+    inputs = {name: tf.keras.Input((4,), name=name) for name in "ab"}
+    x = tf.keras.layers.Concatenate()(list(inputs.values()))
+    for layer in [*dense_model(), tf.keras.layers.Dense(1)]:
+        x = layer(x)
+    return compiled(tf.keras.Model(inputs, x))
+
+
+def subclass_of_a_pair():
+    class Pair(tf.keras.Model):
+        def __init__(self):
+            super().__init__()
+            self.net = tf.keras.Sequential([*dense_model(), tf.keras.layers.Dense(1)])
+
+        def call(self, pair, training=False):
+            return self.net(pair[0] + pair[1], training=training)
+
+    return compiled(Pair())
+
+
+def own_loss():
+    class Code(tf.keras.Model):
+        def __init__(self):
+            super().__init__()
+            self.net = tf.keras.Sequential([*dense_model(), tf.keras.layers.Dense(4)])
+
+        def call(self, x, training=False):
+            made = self.net(x, training=training)
+            self.add_loss(tf.reduce_mean(tf.square(made - x)))
+            return made
+
+    model = Code()
+    model.compile("adam", jit_compile=False)
+    return model
+
+
+def two_optimizers():
+    class Two(tf.keras.Model):
+        def __init__(self):
+            super().__init__()
+            self.nets = [tf.keras.layers.Dense(4), tf.keras.layers.Dense(4)]
+            self.second = tf.keras.optimizers.Adam(0.1)
+            self.loss_seen = tf.keras.metrics.Mean("loss_seen")
+
+        def train_step(self, x):
+            for net, optimizer in zip(self.nets, (self.optimizer, self.second), strict=True):
+                with tf.GradientTape() as tape:
+                    loss = tf.reduce_mean(tf.square(net(x) - x))
+                weights = net.trainable_variables
+                optimizer.apply_gradients(zip(tape.gradient(loss, weights), weights, strict=True))
+                self.loss_seen.update_state(loss)
+            return {"loss_seen": self.loss_seen.result()}
+
+    model = Two()
+    model.compile("adam", jit_compile=False)
+    return model
+
+
+def drawn(form):
+    """An iterator factory of batches of 8 in a form that `fit` takes."""
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(8, 4)).astype("f4"), rng.normal(size=(8, 1)).astype("f4")
+    batch = {
+        "x": (x,),
+        "x y": (x, y),
+        "x y weights": (x, y, np.arange(8, dtype="f4")),
+        "dict": ({"a": x, "b": x + 1}, y),
+        "pair": ((x, x + 1), y),
+        "array": x,
+    }[form]
+
+    def batches():
+        while True:
+            yield batch
+
+    return batches, tf.data.Dataset.from_tensors(batch).repeat()
+
+
+def state_of(model):
+    optimizers = [model.optimizer, *([model.second] if hasattr(model, "second") else [])]
+    variables = [*model.variables, *model.metrics_variables]
+    variables += [variable for optimizer in optimizers for variable in optimizer.variables]
+    return [variable.numpy() for variable in variables]
+
+
+def same(before, after):
+    return len(before) == len(after) and all(map(np.array_equal, before, after))
+
+
+@pytest.mark.parametrize(
+    ("make", "form"),
+    [
+        (sequential, "x y"),
+        (subclass, "x y weights"),
+        (functional_of_a_dict, "dict"),
+        (subclass_of_a_pair, "pair"),
+        (own_loss, "x"),
+        (two_optimizers, "array"),
+    ],
+)
+def test_an_unbuilt_model_is_as_good_as_new_afterwards(make, form, few_settings):
+    """Its first fit makes of it what it makes of a twin that was not diagnosed."""
+    batches, dataset = drawn(form)
+    twins = []
+    for _ in range(2):
+        tf.keras.utils.set_random_seed(1)
+        twins.append(make())
+    for turn, model in enumerate(twins):
+        if turn:
+            report = labkit.diagnose(batches, model, **NO_TIME)
+            diagnosed = state_of(model)
+            assert int(model.optimizer.iterations.numpy()) == 0
+            report.check(0.01)
+            assert same(diagnosed, state_of(model))
+            assert not hasattr(model, "history") and model.stop_training is False
+        model.fit(dataset, steps_per_epoch=5, verbose=0, shuffle=False)
+    for one, other in zip(*map(state_of, twins), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-7)
+    assert int(twins[1].optimizer.iterations.numpy()) == 5
+
+
+def broken_at_the_fourth():
+    batches, _ = drawn("x y")
+    for turn, batch in enumerate(batches()):
+        if turn == 3:
+            raise OSError("no disk")
+        yield batch
+
+
+@pytest.mark.parametrize("ending", ["normal", "error", "interrupt"])
+def test_a_model_in_training_is_left_as_it_was(ending, monkeypatch, few_settings):
+    model, (batches, dataset) = sequential(), drawn("x y")
+    history = model.fit(dataset, steps_per_epoch=5, verbose=0, shuffle=False)
+    model.stop_training = "as the user left it"
+    before = state_of(model)
+    if ending == "normal":
+        labkit.diagnose(batches, model, **NO_TIME).check(0.01)
+    elif ending == "error":
+        with pytest.raises(WorkerError, match="no disk"):
+            labkit.diagnose(broken_at_the_fourth, model, **NO_TIME)
+    else:
+        monkeypatch.setattr(_Watch, "enough", interrupted_after(30))
+        with pytest.raises(KeyboardInterrupt):
+            labkit.diagnose(batches, model, **NO_TIME)
+    assert same(before, state_of(model)), "weights, optimizer, seeds or metrics have changed"
+    assert int(model.optimizer.iterations.numpy()) == 5
+    assert model.history is history and model.stop_training == "as the user left it"
+
+
+def interrupted_after(steps):
+    taken = []
+
+    def enough(self):
+        taken.append(1)
+        if len(taken) == steps:
+            raise KeyboardInterrupt
+        return False
+
+    return enough
+
+
+def test_a_model_that_no_batch_can_build_is_told_to_be_built_first():
+    class Picky(tf.keras.Model):
+        def call(self, x):
+            return tf.keras.layers.Dense(1)(float(x.numpy()[0]))
+
+    model = Picky()
+    model.compile("adam", "mse")
+    with pytest.raises(TypeError, match=r"(?s)Picky.*AttributeError.*build it first"):
+        labkit.diagnose(light, model, **NO_TIME)
+    assert int(model.optimizer.iterations.numpy()) == 0
+
+
+# -- its arguments ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("given", ["process", ("process",)])
+def test_only_the_kinds_that_are_given_are_considered(given, few_settings):
+    report = labkit.diagnose(light, 0.001, seconds=0.01, progress=False, workers=given)
+    assert {row.workers for row in report.rows} == set(report.demands) == {"process"}
+    assert {row.workers for row in report.check(0.01)} == {"process"}
+    assert "workers" in str(report) and "<table>" in report._repr_html_()
+
+
+def test_where_only_processes_are_considered_what_cannot_be_sent_is_an_error(few_settings):
+    lock = threading.Lock()
+
+    def locked():
+        with lock:
+            yield from light()
+
+    with pytest.raises(TypeError, match="lock"):
+        labkit.diagnose(locked, 0.001, seconds=0.01, progress=False, workers="process")
+
+
+@pytest.mark.parametrize(
+    ("argument", "wrong"),
+    [
+        ("workers", 4),
+        ("workers", "ray"),
+        ("workers", ()),
+        ("workers", ("thread", 2)),
+        ("seconds", -1),
+        ("seconds", 0),
+        ("seconds", float("nan")),
+        ("seconds", "long"),
+        ("batch_size", 0),
+        ("batch_size", 1.5),
+        ("restore", "weights"),
+    ],
+)
+def test_a_wrong_argument_of_diagnose_is_named(argument, wrong):
+    with pytest.raises(ValueError, match=rf"^diagnose: {argument} must be ") as error:
+        labkit.diagnose(light, 0.01, **{"progress": False, argument: wrong})
+    assert f"got {wrong!r}." in str(error.value)
 
 
 # -- the law -------------------------------------------------------------------------------------
@@ -173,13 +468,34 @@ def test_bounds_are_the_operational_laws():
 
 def test_audit_sees_repeats_and_misses_of_windows_and_none_of_epochs(numbered):
     data = MnistDataGenerator(20, data=numbered)
-    windows = labkit.audit(data.train_iterator, workers=3)
+    windows = labkit.audit(data.train_iterator, n_workers=3)
     assert windows.expected == windows.delivered == 500
     assert windows.repeated == windows.missed > 50
-    epochs = labkit.audit(data.epoch_iterator, epochs=2, workers=3)
+    assert "with replacement" in windows.verdict and windows.verdict in str(windows)
+    epochs = labkit.audit(data.epoch_iterator, epochs=2, n_workers=3)
     assert (epochs.delivered, epochs.repeated, epochs.missed) == (1000, 0, 0)
-    assert epochs.mixing > 0.8
-    assert "0 repeated, 0 missed" in str(epochs)
+    assert epochs.mixing > 0.8 and not epochs.endless and epochs.told_by == "tag"
+    assert "0 repeated, 0 missed" in str(epochs) and "Each sample came once" in epochs.verdict
+    passes = labkit.audit(data.passes_iterator, epochs=3, n_workers=3)
+    assert (passes.delivered, passes.repeated, passes.missed) == (1500, 0, 0)
+    assert passes.endless and "taken for endless" in passes.verdict
+
+
+def test_audit_of_processes_counts_what_it_counts_of_threads(numbered):
+    data = MnistDataGenerator(20, data=numbered)
+    of = [labkit.audit(data.train_iterator, workers=kind, n_workers=2) for kind in KINDS]
+    assert (of[0].repeated, of[0].missed) == (of[1].repeated, of[1].missed)
+    shared = labkit.audit(data.epoch_iterator, workers="process", n_workers=2)
+    assert (shared.delivered, shared.repeated, shared.missed) == (500, 0, 0)
+
+
+def test_audit_takes_a_number_for_workers_as_before_and_shows_the_new_form(numbered):
+    data = MnistDataGenerator(20, data=numbered)
+    with pytest.warns(DeprecationWarning, match=r"audit\(\.\.\., n_workers=3\)") as warned:
+        old = labkit.audit(data.train_iterator, 1, 3)
+    assert warned[0].filename == __file__
+    new = labkit.audit(data.train_iterator, n_workers=3)
+    assert (old.delivered, old.repeated) == (new.delivered, new.repeated)
 
 
 def test_audit_tells_samples_apart_by_content_or_by_a_tag():
@@ -198,16 +514,160 @@ def test_audit_measures_how_well_batches_are_mixed():
         for start in range(0, 20_000, 32):
             yield (np.arange(start, start + 32),)
 
-    mixed = labkit.audit(in_order, workers=1, samples=20_000, tag=lambda batch: batch[0].numpy())
+    mixed = labkit.audit(in_order, n_workers=1, samples=20_000, tag=lambda batch: batch[0].numpy())
     # The queue holds 1000 to 2000 of the 20,000, and hands them out at random: a sample stays for
     # as long as that on average, and the spread of its stay is as large, over 20,000 / sqrt(12).
     assert 0.1 < mixed.mixing < 0.5, mixed
 
 
 def test_audit_of_an_endless_iterator_wants_the_size(monkeypatch):
-    monkeypatch.setattr("labkit.diagnosis._MOST_SAMPLES", 1000)
+    monkeypatch.setattr("labkit.auditing._MOST_SAMPLES", 1000)
     with pytest.raises(ValueError, match="no end; give samples="):
         labkit.audit(lambda: light())
+
+
+# The mistake to find: each process gets a copy, in the same state.
+captured = np.random.default_rng(0)
+
+
+def draws_from_the_captured(worker=0):
+    while True:
+        yield (captured.random((8, 3)),)
+
+
+def draws_of_its_own(worker):
+    rng = np.random.default_rng([0, worker])
+    while True:
+        yield (rng.random((8, 3)),)
+
+
+def test_audit_finds_processes_that_draw_the_same_random_numbers():
+    alike = labkit.audit(draws_from_the_captured, workers="process", n_workers=3, samples=300)
+    assert (alike.delivered, alike.repeated, alike.missed) == (300, 200, 200)
+    assert "The workers produce the same samples" in alike.verdict
+    assert "np.random.default_rng([seed, worker])" in alike.verdict
+    cured = labkit.audit(draws_of_its_own, workers="process", n_workers=3, samples=300)
+    assert cured.repeated == 0 and "the same samples" not in cured.verdict
+    # In threads all draw from one and the same generator.
+    shared = labkit.audit(draws_from_the_captured, n_workers=3, samples=300)
+    assert shared.repeated == 0 and "the same samples" not in shared.verdict
+
+
+def noisy(numbers):
+    """Rows that are changed at random, but still tell their number when rounded."""
+    rng = np.random.default_rng()
+    for start in range(0, len(numbers), 8):
+        part = numbers[start : start + 8]
+        yield (part[:, None] + rng.uniform(-0.4, 0.4, (len(part), 2)),)
+
+
+def position(batch):
+    return np.rint(batch[0].numpy()[:, 0])
+
+
+def noisy_and_not_shared():
+    yield from noisy(np.arange(100))
+
+
+def noisy_and_shared(worker, n_workers):
+    yield from noisy(np.arange(100)[worker::n_workers])
+
+
+def test_audit_counts_what_workers_deliver_that_do_not_share_a_changing_data_set_out():
+    for epochs in (1, 2):
+        seen = labkit.audit(noisy_and_not_shared, epochs, samples=100)
+        assert (seen.expected, seen.delivered) == (100 * epochs, 400 * epochs)
+        assert (seen.repeated, seen.missed, seen.told_by) == (300 * epochs, None, "content")
+        assert "4 times as many samples as the data set has" in seen.verdict
+        assert "do not share it out" in seen.verdict and "(worker, n_workers)" in seen.verdict
+        assert "tag=" in seen.verdict and seen.verdict in str(seen)
+    tagged = labkit.audit(noisy_and_not_shared, samples=100, tag=position)
+    assert (tagged.repeated, tagged.missed, tagged.told_by) == (300, 0, "tag")
+    assert "4 times as many" in tagged.verdict and "content" not in tagged.verdict
+    unknown = labkit.audit(noisy_and_not_shared)
+    assert unknown.expected is None and "(worker, n_workers)" in unknown.verdict
+
+
+def test_audit_does_not_reassure_by_content_alone():
+    by_content = labkit.audit(noisy_and_shared, samples=100)
+    assert (by_content.delivered, by_content.repeated, by_content.missed) == (100, 0, 0)
+    assert "do not share" not in by_content.verdict and "tag=" in by_content.verdict
+    tagged = labkit.audit(noisy_and_shared, samples=100, tag=position)
+    assert (tagged.repeated, tagged.missed) == (0, 0)
+    assert tagged.verdict == "Each sample came once in an epoch."
+
+
+def test_audit_says_that_samples_are_lacking():
+    def without_the_last(worker, n_workers):
+        yield from noisy(np.arange(90)[worker::n_workers])
+
+    seen = labkit.audit(without_the_last, samples=100, tag=position)
+    assert (seen.delivered, seen.repeated, seen.missed) == (90, 0, 10)
+    assert seen.verdict.startswith("10 samples too few")
+
+
+def test_audit_of_an_endless_iterator_does_not_depend_on_who_is_fast():
+    def passes(worker, n_workers):
+        while True:
+            for (rows,) in noisy(np.arange(100)[worker::n_workers]):
+                time.sleep(0.002 * worker)
+                yield (rows,)
+
+    seen = labkit.audit(passes, 2, n_workers=3, samples=100, tag=position)
+    assert (seen.delivered, seen.repeated, seen.missed, seen.endless) == (200, 0, 0, True)
+
+
+def test_audit_ends_where_one_worker_of_an_endless_iterator_has_none(monkeypatch):
+    monkeypatch.setattr("labkit.auditing._SILENCE", 0.5)
+
+    def one_is_empty(worker):
+        while worker != 1:
+            yield (np.arange(8),)
+
+    seen = labkit.audit(one_is_empty, n_workers=2, samples=16)
+    assert isinstance(seen, Audit) and seen.delivered == 8
+
+
+def test_audit_of_a_test_set_tells_its_samples_apart(numbered):
+    data = MnistDataGenerator(20, data=numbered)
+    seen = labkit.audit(data.test_iterator, n_workers=2)
+    assert (seen.expected, seen.delivered, seen.repeated, seen.missed) == (130, 260, 130, 0)
+    assert "2 times as many" in seen.verdict
+
+
+def test_audit_tells_texts_apart():
+    def texts(worker, n_workers):
+        for number in range(worker, 40, n_workers):
+            yield np.array([f"text {number}"]), np.array([[f"label {number % 2}"]])
+
+    seen = labkit.audit(texts, samples=40)
+    assert (seen.delivered, seen.repeated, seen.missed) == (40, 0, 0)
+
+
+@pytest.mark.parametrize(
+    ("argument", "wrong"),
+    [
+        ("samples", -1),
+        ("samples", 2.5),
+        ("epochs", 0),
+        ("batch_size", "32"),
+        ("n_workers", "auto"),
+        ("n_workers", True),
+        ("tag", "x"),
+        ("workers", "ray"),
+        ("workers", None),
+    ],
+)
+def test_a_wrong_argument_of_audit_is_named(argument, wrong):
+    with pytest.raises(ValueError, match=rf"^audit: {argument} must be ") as error:
+        labkit.audit(light, **{argument: wrong})
+    assert f"got {wrong!r}." in str(error.value)
+
+
+@pytest.mark.parametrize("tag", [lambda batch: [1], lambda batch: batch[0].numpy()[:, 0] + 0.5])
+def test_audit_wants_an_integer_of_each_sample_from_tag(tag):
+    with pytest.raises(ValueError, match="audit: tag must return an integer for each of the"):
+        labkit.audit(noisy_and_shared, samples=100, tag=tag)
 
 
 # -- auto ----------------------------------------------------------------------------------------
