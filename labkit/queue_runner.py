@@ -21,7 +21,7 @@ from labkit.engine.tf_queue import (
     SessionQueue,
     Shape,
     dataset_of_passes,
-    keras_loop,
+    steps_asked_for,
 )
 from labkit.quiet import tf
 
@@ -109,6 +109,7 @@ class QueueRunner:
         self._pass = -1  # the number of the newest
         # An iterator that is still at one of these is told so, not that its queue is missing.
         self._passed: collections.deque[EagerQueue] = collections.deque(maxlen=8)
+        self._asked: tuple[int, int] | None = None  # by fit: steps in an epoch, and epochs
         self._left = self._told = False
         self._lock = threading.RLock()
 
@@ -212,15 +213,20 @@ class QueueRunner:
         self._listen()
         # TensorFlow keeps the functions of a dataset for ever, so they know of the runner weakly;
         # the dataset, and with it whatever is derived from it, keeps the runner.
+        asked = weakref.WeakMethod(self._note_asked)
         begin, end = weakref.WeakMethod(self._open_pass), weakref.WeakMethod(self._end_pass)
         dataset = dataset_of_passes(
             shape,
+            lambda: _still(asked)(),
             lambda: _still(begin)(shape),
             lambda number: _still(end)(number),
             self._batches(),
         )
         dataset._labkit_runner = self
         return dataset
+
+    def _note_asked(self) -> None:
+        self._asked = steps_asked_for()
 
     def _open_pass(self, shape: Shape) -> tuple[tf.Tensor, int]:
         with self._lock:
@@ -243,13 +249,15 @@ class QueueRunner:
                 "ended this one; expected one at a time. Make a QueueRunner for each."
             )
         self.raise_if_failed()
-        loop, steps = keras_loop()
-        if loop == "fit" and steps is not None and not self._told:
+        steps, epochs = self._asked or (0, 0)
+        batches = -(-self.samples // self.batch_size)
+        if steps * epochs > batches and not self._told:
             self._told = True
             warnings.warn(
-                f"QueueRunner: the data ended while fit(steps_per_epoch={steps}) asked for more, "
-                "so this epoch is cut short, or empty. Leave steps_per_epoch away: an epoch is "
-                "then one pass over the data. Or tell their number: QueueRunner(samples=...).",
+                f"QueueRunner: the data have {batches} batches, which fit(steps_per_epoch={steps}, "
+                f"epochs={epochs}) uses up, so that an epoch is cut short or empty. Leave "
+                "steps_per_epoch away: an epoch is then one pass over the data. Or tell their "
+                "number: QueueRunner(samples=...).",
                 RuntimeWarning,
                 stacklevel=1,
             )
