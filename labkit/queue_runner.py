@@ -7,7 +7,7 @@ import collections
 import threading
 import warnings
 import weakref
-from collections.abc import Callable, Iterable, Sized
+from collections.abc import Callable, Iterable, Iterator, Sized
 from typing import Any, Literal
 
 from labkit.engine import interrupts
@@ -52,9 +52,10 @@ class QueueRunner:
             `max_workers`, and prints each decision.
         workers: "thread", for iterators that wait (disk, network); or "process", for iterators
             that compute in Python and hold its lock (GIL).
-        capacity: samples the queue can hold. Default 2000.
+        capacity: samples the queue can hold. Default: min_after_dequeue and as many again, 2000
+            for batches of 250 and less.
         min_after_dequeue: samples that stay behind for mixing; training starts above it.
-            Default 1000.
+            Default 1000, or four batches where that is more.
         spec: structure like a batch, with `labkit.Component(name, shape, dtype)` at each leaf (the
             shape without the batch axis). Default: read from the first batch, which is not lost.
         on_error: "raise", or "continue": go on with the other workers and warn once.
@@ -87,8 +88,8 @@ class QueueRunner:
         batch_size: int = 32,
         n_workers: int | Literal["auto"] = 1,
         workers: Literal["thread", "process"] = "thread",
-        capacity: int = 2000,
-        min_after_dequeue: int = 1000,
+        capacity: int | None = None,
+        min_after_dequeue: int | None = None,
         spec: Any = None,
         on_error: Literal["raise", "continue"] = "raise",
         timeout: float | None = 60.0,
@@ -112,6 +113,13 @@ class QueueRunner:
         self._asked: tuple[int, int] | None = None  # by fit: steps in an epoch, and epochs
         self._left = self._told = False
         self._lock = threading.RLock()
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.dataset())
+
+    def __repr__(self) -> str:
+        name = getattr(self.iterator, "__qualname__", type(self.iterator).__name__)
+        return f"<QueueRunner of {name}; fit, evaluate and predict take its .dataset()>"
 
     def __getattr__(self, name: str) -> Any:
         # Not `self._options`: while unpickled or half made, that would ask for itself for ever.

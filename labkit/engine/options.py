@@ -15,6 +15,16 @@ from labkit.engine.pool import Job
 from labkit.engine.produce import IteratorFactory
 
 
+def queue_sizes(batch_size: int, capacity: Any, min_after_dequeue: Any) -> tuple[Any, Any]:
+    """Capacity and min_after_dequeue: as given, or else to fit the batch size."""
+    mixing = max(1000, 4 * batch_size)
+    least = mixing if min_after_dequeue is None else min_after_dequeue
+    if capacity is None:
+        # What is no number is refused by name later.
+        capacity = mixing + (least if isinstance(least, (int, np.integer)) else 0)
+    return capacity, least
+
+
 @dataclass(frozen=True)
 class Options:
     """The constructor's arguments, checked."""
@@ -47,6 +57,9 @@ class Options:
             self.n_workers,
         )
         expect(is_count(self.batch_size), "batch_size must be an integer >= 1", self.batch_size)
+        sizes = queue_sizes(self.batch_size, self.capacity, self.min_after_dequeue)
+        for name, size in zip(("capacity", "min_after_dequeue"), sizes, strict=True):
+            object.__setattr__(self, name, size)
         for name in ("max_workers", "samples"):
             value = getattr(self, name)
             expect(value is None or is_count(value), f"{name} must be None or >= 1", value)
