@@ -92,8 +92,42 @@ class GraphQueue:
         )
 
 
+class _Queue:
+    """What both have in common: `_put`, `_close_it` and `_drain_some` are theirs."""
+
+    _cancelled = False
+
+    def enqueue(self, arrays: list[Any]) -> bool:
+        """Puts samples in, waiting for room. False if it was cancelled meanwhile."""
+        try:
+            self._put(arrays)
+        except _CLOSED:
+            if not self._cancelled:
+                raise
+        return not self._cancelled
+
+    def size(self) -> int:
+        """Samples in it now; 0 once it cannot be asked any more."""
+        with contextlib.suppress(*_CLOSED):
+            return self._count()
+        return 0
+
+    def close(self, cancel: bool) -> None:
+        """No more samples come; `cancel`: those that are in it are dropped, too."""
+        self._cancelled |= cancel
+        with contextlib.suppress(*_CLOSED):
+            self._close_it(cancel)
+            while cancel and self._count():
+                self._drain_some()
+
+    _put: Callable[[list[Any]], None]
+    _count: Callable[[], int]
+    _close_it: Callable[[bool], None]
+    _drain_some: Callable[[], None]
+
+
 @dataclass(eq=False)
-class SessionQueue:
+class SessionQueue(_Queue):
     """A graph's queue in one session, by callables that are made before anything can go wrong."""
 
     _enqueue: Callable[..., Any]
@@ -102,36 +136,25 @@ class SessionQueue:
     _cancel: Callable[[], Any]
     _size: Callable[[], Any]
     _drain: Callable[[], Any]
-    _cancelled: bool = False
 
-    def enqueue(self, arrays: list[Any]) -> bool:
-        try:
-            if isinstance(arrays[0], np.ndarray):
-                self._enqueue(*arrays)
-                return True
-            samples = list(zip(*arrays, strict=True))
-            for size, call in self._groups:
-                while len(samples) >= size:
-                    call(*(part for sample in samples[:size] for part in sample))
-                    del samples[:size]
-            return True
-        except _CLOSED:
-            if self._cancelled:
-                return False
-            raise
+    def _put(self, arrays: list[Any]) -> None:
+        if isinstance(arrays[0], np.ndarray):
+            self._enqueue(*arrays)
+            return
+        samples = list(zip(*arrays, strict=True))
+        for size, call in self._groups:
+            while len(samples) >= size:
+                call(*(part for sample in samples[:size] for part in sample))
+                del samples[:size]
 
-    def size(self) -> int:
-        try:
-            return int(self._size()[0])
-        except _CLOSED:
-            return 0
+    def _count(self) -> int:
+        return int(self._size()[0])
 
-    def close(self, cancel: bool) -> None:
-        self._cancelled |= cancel
-        with contextlib.suppress(*_CLOSED):
-            (self._cancel if cancel else self._close)()
-            while cancel and self.size():
-                self._drain()
+    def _close_it(self, cancel: bool) -> None:
+        (self._cancel if cancel else self._close)()
+
+    def _drain_some(self) -> None:
+        self._drain()
 
 
 def _in_callers_thread(
@@ -175,11 +198,11 @@ class _Names:
 _names = _Names()
 
 
-class EagerQueue:
+class EagerQueue(_Queue):
     """The same queue without a graph, one for each pass."""
 
     def __init__(self, shape: Shape) -> None:
-        self._batch_size, self._cancelled = shape.batch_size, False
+        self._batch_size = shape.batch_size
         self._kinds = [_tf_type(component) for component in shape.spec.components]
         seeds = _v1.get_seed(shape.seed)
         name = _names.take()
@@ -196,35 +219,27 @@ class EagerQueue:
             )
         weakref.finalize(self, _destroy, self.handle, name).atexit = False
 
-    def enqueue(self, arrays: list[Any]) -> bool:
-        try:
-            with tf.device("/CPU:0"):
-                if isinstance(arrays[0], np.ndarray):
-                    tf.raw_ops.QueueEnqueueManyV2(handle=self.handle, components=arrays)
-                    return True
-                for sample in zip(*arrays, strict=True):
-                    tf.raw_ops.QueueEnqueueV2(handle=self.handle, components=sample)
-            return True
-        except _CLOSED:
-            if self._cancelled:
-                return False
-            raise
+    def _put(self, arrays: list[Any]) -> None:
+        with tf.device("/CPU:0"):
+            if isinstance(arrays[0], np.ndarray):
+                tf.raw_ops.QueueEnqueueManyV2(handle=self.handle, components=arrays)
+                return
+            for sample in zip(*arrays, strict=True):
+                tf.raw_ops.QueueEnqueueV2(handle=self.handle, components=sample)
 
-    def size(self) -> int:
-        try:
-            with tf.device("/CPU:0"):
-                return int(tf.raw_ops.QueueSizeV2(handle=self.handle))
-        except _CLOSED:
-            return 0
+    def _count(self) -> int:
+        with tf.device("/CPU:0"):
+            return int(tf.raw_ops.QueueSizeV2(handle=self.handle))
 
-    def close(self, cancel: bool) -> None:
-        self._cancelled |= cancel
-        with contextlib.suppress(*_CLOSED), tf.device("/CPU:0"):
+    def _close_it(self, cancel: bool) -> None:
+        with tf.device("/CPU:0"):
             tf.raw_ops.QueueCloseV2(handle=self.handle, cancel_pending_enqueues=cancel)
-            while cancel and self.size():
-                tf.raw_ops.QueueDequeueUpToV2(
-                    handle=self.handle, n=self._batch_size, component_types=self._kinds
-                )
+
+    def _drain_some(self) -> None:
+        with tf.device("/CPU:0"):
+            tf.raw_ops.QueueDequeueUpToV2(
+                handle=self.handle, n=self._batch_size, component_types=self._kinds
+            )
 
 
 def _destroy(handle: tf.Tensor, name: str) -> None:
