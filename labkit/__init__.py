@@ -31,14 +31,16 @@ _HOME = {
     "model_fn": "model",
     "StepTimer": "instruments.step_timer",
     "UsageMonitor": "instruments.usage_monitor",
-    "diagnose": "diagnosis",
-    "audit": "diagnosis",
+    "diagnose": "instruments.diagnosis",
+    "audit": "instruments.audit",
 }
 # Modules by the names that they had, or have for short: each is the one, or all, that came of it.
 _MOVED = {
     "monitor": ("instruments.step_timer", "instruments.usage_monitor"),
     "plots": ("instruments.plots",),
     "scaling": ("engine.auto",),
+    "diagnosis": ("instruments.diagnosis", "instruments.audit", "instruments.laws"),
+    "auditing": ("instruments.audit",),
 }
 _SUBMODULES = {"data", "workloads", "queue_runner", "model", "train", "machine", *_MOVED}
 

@@ -10,11 +10,12 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator, Sized
 from typing import Any, Literal
 
+from labkit.checks import expect, is_integer
 from labkit.engine import interrupts
 from labkit.engine.batches import Spec
 from labkit.engine.feeder import Feeder
 from labkit.engine.messages import WorkerError
-from labkit.engine.options import Options, expect, is_count
+from labkit.engine.options import Options
 from labkit.engine.tf_queue import (
     EagerQueue,
     GraphQueue,
@@ -180,7 +181,8 @@ class QueueRunner:
                 "graph, got no queue. Build the graph first."
             )
         if n_threads is not None:
-            expect(is_count(n_threads), "n_threads must be an integer >= 1", n_threads)
+            what = "QueueRunner: n_threads must be an integer >= 1"
+            expect(is_integer(n_threads, 1), what, n_threads)
         try:
             with self._lock:
                 if self._queue is not None and self._alive() is not None:

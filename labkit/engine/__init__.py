@@ -25,14 +25,23 @@ from labkit.engine.threads import ThreadPool
 
 @dataclass(frozen=True)
 class Kind:
-    """A kind of worker: its pool, how many n_workers="auto" may use, what several are called."""
+    """A kind of worker.
+
+    Attributes:
+        pool: runs them.
+        limit: how many n_workers="auto" may use.
+        plural: what several are called.
+        shares_lock: Python's lock (GIL) is one for them and the training step.
+    """
 
     pool: type[Pool]
     limit: Callable[[], int]
     plural: str
+    shares_lock: bool = False
 
 
+# The cheapest first: one worker of it is the serial loop.
 KINDS: dict[str, Kind] = {
-    "thread": Kind(ThreadPool, lambda: 32, "threads"),
+    "thread": Kind(ThreadPool, lambda: 32, "threads", shares_lock=True),
     "process": Kind(ProcessPool, usable_cores, "processes"),
 }

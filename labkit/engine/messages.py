@@ -43,9 +43,9 @@ class Lost:
     text: str = ""
     error: BaseException | None = None
 
-    def as_error(self) -> WorkerError:
+    def as_error(self, who: str = "QueueRunner") -> WorkerError:
         text = f"\n\n{self.text}" if self.text else ""
-        error = WorkerError(f"QueueRunner: worker {self.worker} {self.summary}{text}")
+        error = WorkerError(f"{who}: worker {self.worker} {self.summary}{text}")
         error.worker, error.__cause__ = self.worker, self.error
         return error
 

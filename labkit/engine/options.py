@@ -4,9 +4,9 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import numpy as np
 import psutil
 
+from labkit.checks import expect, is_integer
 from labkit.engine import KINDS
 from labkit.engine.auto import Scaler
 from labkit.engine.batches import Spec
@@ -21,7 +21,7 @@ def queue_sizes(batch_size: int, capacity: Any, min_after_dequeue: Any) -> tuple
     least = mixing if min_after_dequeue is None else min_after_dequeue
     if capacity is None:
         # What is no number is refused by name later.
-        capacity = mixing + (least if isinstance(least, (int, np.integer)) else 0)
+        capacity = mixing + (least if is_integer(least) else 0)
     return capacity, least
 
 
@@ -44,39 +44,27 @@ class Options:
     reuses_buffers: bool
 
     def __post_init__(self) -> None:
-        kinds = " or ".join(repr(kind) for kind in KINDS)
-        expect(self.workers in KINDS, f"workers must be {kinds}", self.workers)
-        expect(
-            self.on_error in ("raise", "continue"),
-            "on_error must be 'raise' or 'continue'",
-            self.on_error,
-        )
-        expect(
-            self.n_workers == "auto" or is_count(self.n_workers),
-            "n_workers must be 'auto' or >= 1",
-            self.n_workers,
-        )
-        expect(is_count(self.batch_size), "batch_size must be an integer >= 1", self.batch_size)
+        def check(name: str, fits: bool, what: str) -> None:
+            expect(fits, f"QueueRunner: {name} must be {what}", getattr(self, name))
+
+        check("workers", self.workers in KINDS, " or ".join(map(repr, KINDS)))
+        check("on_error", self.on_error in ("raise", "continue"), "'raise' or 'continue'")
+        several = self.n_workers == "auto" or is_integer(self.n_workers, 1)
+        check("n_workers", several, "'auto' or >= 1")
+        check("batch_size", is_integer(self.batch_size, 1), "an integer >= 1")
         sizes = queue_sizes(self.batch_size, self.capacity, self.min_after_dequeue)
         for name, size in zip(("capacity", "min_after_dequeue"), sizes, strict=True):
             object.__setattr__(self, name, size)
         for name in ("max_workers", "samples"):
             value = getattr(self, name)
-            expect(value is None or is_count(value), f"{name} must be None or >= 1", value)
-        expect(
-            is_count(self.capacity)
-            and isinstance(self.min_after_dequeue, (int, np.integer))
-            and self.min_after_dequeue >= 0
-            and self.capacity >= self.min_after_dequeue + self.batch_size,
-            f"capacity must be at least min_after_dequeue + batch_size "
-            f"({self.min_after_dequeue} + {self.batch_size})",
-            self.capacity,
-        )
-        expect(
-            self.timeout is None or (isinstance(self.timeout, (int, float)) and self.timeout > 0),
-            "timeout must be None or seconds > 0",
-            self.timeout,
-        )
+            check(name, value is None or is_integer(value, 1), "None or >= 1")
+        least, batch = self.min_after_dequeue, self.batch_size
+        fits = is_integer(least, 0) and is_integer(self.capacity, least + batch)
+        what = f"at least min_after_dequeue + batch_size ({least} + {batch})"
+        check("capacity", fits, what)
+        timeout = self.timeout
+        in_time = timeout is None or (isinstance(timeout, (int, float)) and timeout > 0)
+        check("timeout", in_time, "None or seconds > 0")
         IteratorFactory(self.iterator, 1)
         if self.spec is not None:
             object.__setattr__(self, "spec", Spec.given(self.spec))
@@ -114,13 +102,3 @@ class Options:
                 f"{free / 2e9:.2f} GB. Set capacity to {fits} or less, and min_after_dequeue below "
                 "it."
             )
-
-
-def is_count(value: Any) -> bool:
-    whole = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
-    return whole and int(value) >= 1
-
-
-def expect(condition: bool, what: str, got: Any) -> None:
-    if not condition:
-        raise ValueError(f"QueueRunner: {what}, got {got!r}.")

@@ -1,0 +1,284 @@
+"""The generator alone, the model alone, and both together, each for a short while.
+
+What is measured leaves a Keras model as it was; a step of the user's only they can undo.
+"""
+
+import inspect
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from labkit.checks import is_number
+from labkit.engine import KINDS, interrupts
+from labkit.engine.batches import Spec
+from labkit.engine.messages import Chunk, Lost, WorkerError
+from labkit.engine.pool import Job
+from labkit.engine.produce import IteratorFactory
+from labkit.queue_runner import QueueRunner
+from labkit.quiet import tf
+
+_PATIENCE = 3.0  # seconds to wait until every worker delivers
+_TIMEOUT = 60.0  # seconds for a batch of the generator alone
+_NOTHING = "diagnose: the iterator ended before its first batch, expected at least one."
+_ABSENT = object()
+
+Iterators = Callable[..., Iterable[Any]]
+
+
+def first_batch(iterator: Iterators) -> tuple[Any, Spec]:
+    try:
+        batch = next(iter(IteratorFactory(iterator, 1)(0, 0)))
+    except StopIteration:
+        raise WorkerError(_NOTHING) from None
+    return batch, Spec.of(batch)
+
+
+def repeat(batch: Any, spec: Spec, size: int) -> tf.data.Dataset:
+    """The batch, cut or repeated to `size` rows, for ever."""
+    arrays = [np.resize(array, (size, *array.shape[1:])) for array in spec.flatten(batch)]
+    return tf.data.Dataset.from_tensors(spec.pack(arrays)).repeat()
+
+
+class Alone(NamedTuple):
+    """The generator without a model: samples/s, and processor seconds per sample."""
+
+    rate: float
+    cpu: float
+
+
+def alone(iterator: Iterators, kind: str, n: int, seconds: float) -> Alone:
+    """Runs the generator in n workers of a kind, from when each has delivered."""
+    pool = KINDS[kind].pool(Job(IteratorFactory(iterator, n), timeout=_TIMEOUT))
+    heard: set[int] = set()
+    ended: set[int] = set()
+    began, first, cpu, chunks, samples = time.monotonic(), 0.0, 0.0, 0, 0
+    nothing = True  # came in this pass
+    try:
+        pool.set_active(n)
+        while True:
+            message, now = pool.get(1.0), time.monotonic()
+            if isinstance(message, Chunk):
+                pool.release(message)
+                heard.add(message.worker)
+                nothing = False
+                if first:
+                    chunks, samples = chunks + 1, samples + len(message.arrays[0])
+                    if now - first > seconds and chunks >= 3 * n:
+                        break
+                elif len(heard) == n or now - began > _PATIENCE:
+                    first, cpu = now, time.process_time()
+            elif isinstance(message, Lost):
+                raise message.as_error("diagnose")
+            elif message is not None:
+                ended.add(message.worker)
+                if len(ended) == n:
+                    if nothing:
+                        raise WorkerError(_NOTHING)
+                    ended.clear()
+                    nothing = True
+                    pool.next_epoch(pool.epoch + 1)
+        used = time.process_time() - cpu
+    finally:
+        pool.stop()
+    return Alone(samples / (now - first), used / samples)
+
+
+def together(
+    iterator: Iterators, model: "Model", kind: str, n: int, size: int, seconds: float
+) -> float:
+    """Steps/s of generator and model with n workers of a kind, once the queue is steady."""
+    made = IteratorFactory(iterator, n)
+    # A small queue, so that what was stored at the start does not count as speed.
+    options: dict[str, Any] = {
+        "workers": kind,
+        "capacity": 4 * size,
+        "min_after_dequeue": 0,
+        "timeout": 120,
+    }
+    # A factory that names n_workers is taken to share: each of these short runs would warn of one
+    # that does not, and the first real one still does.
+    with QueueRunner(
+        lambda worker, n_workers, epoch: made(worker, epoch), size, n, **options
+    ) as runner:
+        batches = runner.dataset().repeat()
+        # A thread has two batches ready beside those in the queue; they say nothing of its speed.
+        step, _ = model.run(batches, seconds, lambda: len(runner.delivering) == n, 2 * n + 4)
+    return 1 / step
+
+
+class Model:
+    """Something that takes steps; `run` returns seconds and processor seconds per step.
+
+    `taken` counts the steps; `puts_back` tells whether they leave no trace after `kept()`.
+    """
+
+    def __init__(
+        self,
+        take: Callable[[Any], Any],
+        restore: Callable[[], Any] | None = None,
+        puts_back: bool = False,
+    ) -> None:
+        self.take, self.restore, self.puts_back = take, restore, puts_back or restore is not None
+        self.taken = 0
+
+    @staticmethod
+    def of(model: Any, restore: Callable[[], Any] | None) -> "Model":
+        if is_number(model) and model > 0:
+            return Model(lambda batch: time.sleep(model), restore, puts_back=True)
+        if isinstance(model, tf.keras.Model):
+            if not model.compiled:
+                raise TypeError("diagnose: expected a compiled Keras model; call model.compile().")
+            return _KerasModel(model, restore)
+        if callable(model):
+            return Model(_unpacking(model), restore)
+        raise TypeError(
+            "diagnose: model must be a compiled Keras model, a callable train step or the seconds "
+            f"per step (> 0), got {model!r}."
+        )
+
+    def build(self, batches: tf.data.Dataset) -> None:
+        """Gives it all the state that the steps will change."""
+
+    @contextmanager
+    def kept(self) -> Iterator[None]:
+        """Puts back what the steps within change, as far as that is known."""
+        try:
+            yield
+        finally:
+            if self.restore is not None:
+                self.restore()
+
+    def run(
+        self,
+        dataset: tf.data.Dataset,
+        seconds: float,
+        ready: Callable[[], bool] = lambda: True,
+        stored: int = 2,
+    ) -> tuple[float, float]:
+        watch = Watch(seconds, ready, stored)
+        self._walk(dataset, watch.enough)
+        return watch.result()
+
+    def _walk(self, dataset: tf.data.Dataset, enough: Callable[[], bool]) -> None:
+        for batch in dataset:
+            self.taken += 1
+            self.take(batch)
+            if enough():
+                break
+
+
+class _KerasModel(Model):
+    def __init__(self, model: Any, restore: Callable[[], Any] | None) -> None:
+        super().__init__(model, restore, puts_back=True)
+        self.model = model
+
+    def _optimizers(self) -> list[Any]:
+        """Its own, and those that a `train_step` of the user's keeps in other attributes."""
+        kind = tf.keras.optimizers.Optimizer
+        found = [self.model.optimizer]
+        for value in vars(self.model).values():
+            value = list(value.values()) if isinstance(value, dict) else value
+            found += value if isinstance(value, (list, tuple)) else [value]
+        return list({id(thing): thing for thing in found if isinstance(thing, kind)}.values())
+
+    def build(self, batches: tf.data.Dataset) -> None:
+        model, main = self.model, self.model.optimizer
+        parts = model._flatten_layers()
+        others = [optimizer for optimizer in self._optimizers() if optimizer is not main]
+        if all(part.built for part in [*parts, *others]):
+            return
+        # Any number of rows: a Sequential model would insist on the first batch's for ever.
+        batch = tf.nest.map_structure(
+            lambda part: tf.TensorSpec([None, *part.shape[1:]], part.dtype), batches.element_spec
+        )
+
+        def step(data: Any) -> Any:
+            return model.distribute_strategy.run(model.train_step, args=(data,))
+
+        try:
+            # Traced, not run: variables come into being as in the first fit, and stay as they are.
+            tf.function(step, autograph=False).get_concrete_function(batch)
+        except Exception as error:
+            first_line = (str(error).strip() or "no message").split("\n")[0]
+            raise TypeError(
+                f"diagnose: expected a Keras model that is built, or that the first batch can "
+                f"build without a training step; {type(model).__name__} is not, and building it "
+                f"raised {type(error).__name__}: {first_line}\nCheck that the batch fits the "
+                "model, and build it first: call it once on a batch, model(x)."
+            ) from error
+
+    @contextmanager
+    def kept(self) -> Iterator[None]:
+        with super().kept():
+            model = self.model
+            if model.optimizer is not None and not model.optimizer.built:
+                model.optimizer.build(model.trainable_variables)
+            variables = [*model.variables, *model.metrics_variables]
+            for optimizer in self._optimizers():
+                variables += optimizer.variables
+            before = [variable.numpy() for variable in variables]
+            names = ("stop_training", "history")
+            attributes = {name: getattr(model, name, _ABSENT) for name in names}
+            try:
+                yield
+            finally:
+                with interrupts.held_back():
+                    # Those that came into being with the first step were fresh before it.
+                    model.reset_metrics()
+                    for variable, value in zip(variables, before, strict=True):
+                        variable.assign(value)
+                    for name, attribute in attributes.items():
+                        if attribute is not _ABSENT:
+                            setattr(model, name, attribute)
+                        elif hasattr(model, name):
+                            delattr(model, name)
+
+    def _walk(self, dataset: tf.data.Dataset, enough: Callable[[], bool]) -> None:
+        model = self.model
+
+        class Stop(tf.keras.callbacks.Callback):
+            def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
+                if enough():
+                    model.stop_training = True
+
+        model.fit(dataset, steps_per_epoch=1_000_000, verbose=0, shuffle=False, callbacks=[Stop()])
+
+
+class Watch:
+    """Decides when there were steps enough: counted from when all workers deliver and what they
+    had `stored` is used up."""
+
+    def __init__(self, seconds: float, ready: Callable[[], bool], stored: int) -> None:
+        self.seconds, self.ready, self.stored = seconds, ready, stored
+        self.began, self.steps = time.monotonic(), -stored
+        self.first = self.last = (0.0, 0.0)
+
+    def enough(self) -> bool:
+        # Taken here, since the end of an iteration may have to wait for one more batch.
+        self.last = now, _ = time.monotonic(), time.process_time()
+        if self.steps == -self.stored and not self.ready() and now - self.began < _PATIENCE:
+            return False
+        self.steps += 1
+        if self.steps == 0:
+            self.first = self.last
+        return self.steps >= max(8, self.stored / 2) and now - self.first[0] > self.seconds
+
+    def result(self) -> tuple[float, float]:
+        if self.steps < 1:
+            raise WorkerError("diagnose: the data ended before three steps were made.")
+        wall, cpu = (end - start for start, end in zip(self.first, self.last, strict=True))
+        return wall / self.steps, cpu / self.steps
+
+
+def _unpacking(step: Callable[..., Any]) -> Callable[[Any], Any]:
+    try:
+        needed = [
+            p for p in inspect.signature(step).parameters.values()
+            if p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
+        ]  # fmt: skip
+    except (TypeError, ValueError):
+        return step
+    return (lambda batch: step(*batch)) if len(needed) > 1 else step
