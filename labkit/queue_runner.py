@@ -369,7 +369,8 @@ class QueueRunner:
                     )
                     if self._workers_end is not None:
                         self._workers_end.detach()
-                    self._workers_end = weakref.finalize(self, feeder.stop)
+                    self._workers_end = weakref.finalize(self, feeder.abandon)
+                    self._workers_end.atexit = False
             return feeder
 
     def _shape(self) -> Shape:

@@ -63,6 +63,10 @@ def test_a_cell_that_is_run_twenty_times_without_with_leaves_nothing(workers):
             pass
 
     cell()
+    threads = what_is_there()["threads"]
+    while threads:
+        time.sleep(0.02)
+        threads = what_is_there()["threads"]
     before = what_is_there()
     for _ in range(20 if workers == "thread" else 5):
         cell()
@@ -274,3 +278,39 @@ def test_a_worker_that_leaves_by_sys_exit_is_told_with_the_line(workers):
     with pytest.raises(WorkerError, match=r"(?s)raised SystemExit: 3.*sys\.exit\(3\)"):  # noqa: SIM117
         with QueueRunner(leaves, 8, 1, workers, **SMALL) as runner:
             list(runner.dataset())
+
+
+def test_queues_and_runners_that_are_collected_while_tensorflow_traces_do_no_harm(workers):
+    """The collector runs in whatever thread it pleases, also in one that holds a graph's lock."""
+    before = what_is_there()
+
+    class Cycle:
+        def __init__(self, runner):
+            self.runner, self.me = runner, self
+
+    for _ in range(3):
+        runner = QueueRunner(endless, 8, 1, workers, **SMALL)
+        for _ in runner.dataset().take(2):
+            pass
+        Cycle(runner)
+        del runner
+        with tf.Graph().as_default() as graph:
+            operations = len(graph.get_operations())
+            gc.collect()
+            assert len(graph.get_operations()) == operations
+
+        @tf.function
+        def traced(x):
+            gc.collect()
+            return x + 1
+
+        assert int(traced(tf.constant(1))) == 2
+    assert_back_to(before)
+
+
+def test_an_eager_runner_is_stopped_inside_of_a_graph(workers):
+    runner = QueueRunner(endless, 8, 1, workers, **SMALL)
+    next(iter(runner.dataset()))
+    with tf.Graph().as_default() as graph:
+        runner.stop()
+        assert not graph.get_operations()

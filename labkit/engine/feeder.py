@@ -6,12 +6,14 @@ Producers only produce. One thread enqueues for all of them, so that a producer'
 for the step that is running.
 """
 
+import atexit
 import copy
 import hashlib
 import queue as queues
 import threading
 import time
 import warnings
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -25,6 +27,7 @@ from labkit.engine.messages import Chunk, Ended, Lost, WorkerError
 from labkit.engine.pool import Pool
 
 _TICK = 0.1
+_RUNNING: "weakref.WeakSet[Feeder]" = weakref.WeakSet()
 _SMALL_BYTES, _TOGETHER = 1 << 20, 8
 
 
@@ -86,6 +89,7 @@ class Feeder:
         # By whoever waits, not by the thread: threads start twice as fast then.
         pool.set_active(self._wanted() if pool.job.spec is not None else 1)
         self._thread = threading.Thread(target=self._run, name="labkit feeder", daemon=True)
+        _RUNNING.add(self)
         self._thread.start()
 
     # ---------------------------------------------------------------- for the runner
@@ -128,7 +132,12 @@ class Feeder:
         # The feeder goes first: it must not meet a pool that is half gone.
         if self._thread is not threading.current_thread():
             self._thread.join(2.0)
+        _RUNNING.discard(self)
         return self.pool.stop()
+
+    def abandon(self) -> None:
+        """Stops from a finalizer, whose thread may be in the midst of tracing: by another one."""
+        threading.Thread(target=self.stop, name="labkit end", daemon=True).start()
 
     @property
     def alive(self) -> bool:
@@ -364,3 +373,11 @@ def _digest(arrays: Sequence[Any]) -> bytes:
             text = array.dtype.hasobject
             hashed.update(repr(array.tolist()).encode() if text else array.tobytes())
     return hashed.digest()
+
+
+def _stop_all() -> None:
+    for feeder in list(_RUNNING):
+        feeder.stop()
+
+
+atexit.register(_stop_all)

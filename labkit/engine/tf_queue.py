@@ -1,7 +1,9 @@
 """The RandomShuffleQueue, in a graph and without one: all that the engine knows of TensorFlow."""
 
 import collections
+import concurrent.futures
 import contextlib
+import functools
 import itertools
 import os
 import sys
@@ -108,14 +110,14 @@ class _Queue:
 
     def size(self) -> int:
         """Samples in it now; 0 once it cannot be asked any more."""
-        with contextlib.suppress(*_CLOSED):
+        with contextlib.suppress(*_CLOSED), tf.device("/CPU:0"):
             return self._count()
         return 0
 
     def close(self, cancel: bool) -> None:
         """No more samples come; `cancel`: those that are in it are dropped, too."""
         self._cancelled |= cancel
-        with contextlib.suppress(*_CLOSED):
+        with contextlib.suppress(*_CLOSED), tf.device("/CPU:0"):
             self._close_it(cancel)
             while cancel and self._count():
                 self._drain_some()
@@ -174,6 +176,14 @@ def _in_callers_thread(
     return sess._make_callable_from_options(options)
 
 
+def _eagerly(call: Callable[[], Any]) -> Any:
+    """The result of `call`, also where the caller is building a graph: no other thread is."""
+    if tf.executing_eagerly():
+        return call()
+    with concurrent.futures.ThreadPoolExecutor(1) as elsewhere:
+        return elsewhere.submit(call).result()
+
+
 class _Names:
     """Names for eager queues, used again: TensorFlow keeps a kernel for ever for each that it saw.
 
@@ -183,16 +193,23 @@ class _Names:
 
     def __init__(self) -> None:
         self._resting: collections.deque[str] = collections.deque()
+        self._gone: collections.deque[tuple[str, tf.Tensor]] = collections.deque()
         self._made = itertools.count()
 
     def take(self) -> str:
+        while self._gone:
+            name, handle = self._gone.popleft()
+            with contextlib.suppress(*_CLOSED), tf.device("/CPU:0"):
+                tf.raw_ops.DestroyResourceOp(resource=handle)
+            self._resting.append(name)
         with contextlib.suppress(IndexError):
             if len(self._resting) > _RESTING:
                 return self._resting.popleft()
         return f"labkit_{os.getpid()}_{next(self._made)}"
 
-    def give_back(self, name: str) -> None:
-        self._resting.append(name)
+    def give_back(self, name: str, handle: tf.Tensor) -> None:
+        """From a finalizer, whose thread may be in the midst of tracing: no op may run here."""
+        self._gone.append((name, handle))
 
 
 _names = _Names()
@@ -217,7 +234,7 @@ class EagerQueue(_Queue):
                 seed2=seeds[1] or 0,
                 shared_name=name,
             )
-        weakref.finalize(self, _destroy, self.handle, name).atexit = False
+        weakref.finalize(self, _names.give_back, name, self.handle).atexit = False
 
     def _put(self, arrays: list[Any]) -> None:
         with tf.device("/CPU:0"):
@@ -228,24 +245,21 @@ class EagerQueue(_Queue):
                 tf.raw_ops.QueueEnqueueV2(handle=self.handle, components=sample)
 
     def _count(self) -> int:
-        with tf.device("/CPU:0"):
-            return int(tf.raw_ops.QueueSizeV2(handle=self.handle))
+        return int(tf.raw_ops.QueueSizeV2(handle=self.handle))
 
     def _close_it(self, cancel: bool) -> None:
-        with tf.device("/CPU:0"):
-            tf.raw_ops.QueueCloseV2(handle=self.handle, cancel_pending_enqueues=cancel)
+        tf.raw_ops.QueueCloseV2(handle=self.handle, cancel_pending_enqueues=cancel)
 
     def _drain_some(self) -> None:
-        with tf.device("/CPU:0"):
-            tf.raw_ops.QueueDequeueUpToV2(
-                handle=self.handle, n=self._batch_size, component_types=self._kinds
-            )
+        tf.raw_ops.QueueDequeueUpToV2(
+            handle=self.handle, n=self._batch_size, component_types=self._kinds
+        )
 
+    def size(self) -> int:
+        return _eagerly(super().size)
 
-def _destroy(handle: tf.Tensor, name: str) -> None:
-    with contextlib.suppress(*_CLOSED), tf.device("/CPU:0"):
-        tf.raw_ops.DestroyResourceOp(resource=handle)
-    _names.give_back(name)
+    def close(self, cancel: bool) -> None:
+        _eagerly(functools.partial(super().close, cancel))
 
 
 def dataset_of_passes(
