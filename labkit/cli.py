@@ -7,7 +7,8 @@ from typing import Any
 
 from labkit import WorkerError
 from labkit.data import MnistDataGenerator
-from labkit.train import KINDS, PIPELINES, check_settings, train
+from labkit.engine import KINDS
+from labkit.train import PIPELINES, check_settings, train
 
 
 class _Parser(argparse.ArgumentParser):
@@ -48,12 +49,11 @@ def _parser() -> _Parser:
         help="seconds that the generator sleeps per batch, standing for heavy work",
     )
     add("--learning_rate", type=float, default=1e-4, help="Adam's step size, no unit")
-    add("--capacity", type=int, default=2000, help="what the queue holds, samples")
+    add("--capacity", type=int, help="what the queue holds, samples; 2000 or as batches need")
     add(
         "--min_after_dequeue",
         type=int,
-        default=1000,
-        help="what stays in the queue for mixing, samples",
+        help="what stays in the queue for mixing, samples; 1000 or as batches need",
     )
     add("--seed", type=int, default=0, help="of weights, order and shuffling, an integer")
     add(

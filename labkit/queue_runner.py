@@ -7,7 +7,7 @@ import collections
 import threading
 import warnings
 import weakref
-from collections.abc import Callable, Iterable, Sized
+from collections.abc import Callable, Iterable, Iterator, Sized
 from typing import Any, Literal
 
 from labkit.checks import expect, is_integer
@@ -22,7 +22,7 @@ from labkit.engine.tf_queue import (
     SessionQueue,
     Shape,
     dataset_of_passes,
-    keras_loop,
+    steps_asked_for,
 )
 from labkit.quiet import tf
 
@@ -53,9 +53,10 @@ class QueueRunner:
             `max_workers`, and prints each decision.
         workers: "thread", for iterators that wait (disk, network); or "process", for iterators
             that compute in Python and hold its lock (GIL).
-        capacity: samples the queue can hold. Default 2000.
+        capacity: samples the queue can hold. Default: min_after_dequeue and as many again, 2000
+            for batches of 250 and less.
         min_after_dequeue: samples that stay behind for mixing; training starts above it.
-            Default 1000.
+            Default 1000, or four batches where that is more.
         spec: structure like a batch, with `labkit.Component(name, shape, dtype)` at each leaf (the
             shape without the batch axis). Default: read from the first batch, which is not lost.
         on_error: "raise", or "continue": go on with the other workers and warn once.
@@ -88,8 +89,8 @@ class QueueRunner:
         batch_size: int = 32,
         n_workers: int | Literal["auto"] = 1,
         workers: Literal["thread", "process"] = "thread",
-        capacity: int = 2000,
-        min_after_dequeue: int = 1000,
+        capacity: int | None = None,
+        min_after_dequeue: int | None = None,
         spec: Any = None,
         on_error: Literal["raise", "continue"] = "raise",
         timeout: float | None = 60.0,
@@ -110,8 +111,16 @@ class QueueRunner:
         self._pass = -1  # the number of the newest
         # An iterator that is still at one of these is told so, not that its queue is missing.
         self._passed: collections.deque[EagerQueue] = collections.deque(maxlen=8)
+        self._asked: tuple[int, int] | None = None  # by fit: steps in an epoch, and epochs
         self._left = self._told = False
         self._lock = threading.RLock()
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.dataset())
+
+    def __repr__(self) -> str:
+        name = getattr(self.iterator, "__qualname__", type(self.iterator).__name__)
+        return f"<QueueRunner of {name}; fit, evaluate and predict take its .dataset()>"
 
     def __getattr__(self, name: str) -> Any:
         # Not `self._options`: while unpickled or half made, that would ask for itself for ever.
@@ -214,15 +223,20 @@ class QueueRunner:
         self._listen()
         # TensorFlow keeps the functions of a dataset for ever, so they know of the runner weakly;
         # the dataset, and with it whatever is derived from it, keeps the runner.
+        asked = weakref.WeakMethod(self._note_asked)
         begin, end = weakref.WeakMethod(self._open_pass), weakref.WeakMethod(self._end_pass)
         dataset = dataset_of_passes(
             shape,
+            lambda: _still(asked)(),
             lambda: _still(begin)(shape),
             lambda number: _still(end)(number),
             self._batches(),
         )
         dataset._labkit_runner = self
         return dataset
+
+    def _note_asked(self) -> None:
+        self._asked = steps_asked_for()
 
     def _open_pass(self, shape: Shape) -> tuple[tf.Tensor, int]:
         with self._lock:
@@ -245,13 +259,15 @@ class QueueRunner:
                 "ended this one; expected one at a time. Make a QueueRunner for each."
             )
         self.raise_if_failed()
-        loop, steps = keras_loop()
-        if loop == "fit" and steps is not None and not self._told:
+        steps, epochs = self._asked or (0, 0)
+        batches = -(-self.samples // self.batch_size)
+        if steps * epochs > batches and not self._told:
             self._told = True
             warnings.warn(
-                f"QueueRunner: the data ended while fit(steps_per_epoch={steps}) asked for more, "
-                "so this epoch is cut short, or empty. Leave steps_per_epoch away: an epoch is "
-                "then one pass over the data. Or tell their number: QueueRunner(samples=...).",
+                f"QueueRunner: the data have {batches} batches, which fit(steps_per_epoch={steps}, "
+                f"epochs={epochs}) uses up, so that an epoch is cut short or empty. Leave "
+                "steps_per_epoch away: an epoch is then one pass over the data. Or tell their "
+                "number: QueueRunner(samples=...).",
                 RuntimeWarning,
                 stacklevel=1,
             )

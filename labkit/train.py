@@ -12,13 +12,14 @@ import numpy as np
 from labkit import callable_module, workloads
 from labkit.checks import expect, is_integer, is_number
 from labkit.data import MnistDataGenerator
+from labkit.engine import KINDS
+from labkit.engine.options import queue_sizes
 from labkit.instruments.history import Epoch, History
 from labkit.instruments.progress import print_epoch, step_bar, summary_of, summary_writers
 from labkit.instruments.step_timer import StepTimer
 from labkit.machine import describe_machine, fast_cpu
 
 PIPELINES = ("feed_dict", "queue", "constant")
-KINDS = ("thread", "process")
 _SUMMARY_EVERY = 50
 _VALID_BATCH = 500
 
@@ -33,8 +34,8 @@ def train(
     iterator: Callable[..., Iterable[Any]] | None = None,
     workers: Literal["thread", "process"] = "thread",
     learning_rate: float = 1e-4,
-    capacity: int = 2000,
-    min_after_dequeue: int = 1000,
+    capacity: int | None = None,
+    min_after_dequeue: int | None = None,
     seed: int = 0,
     log_dir: str | Path | None = None,
     validate: bool = True,
@@ -56,7 +57,8 @@ def train(
             over the training set again and again, every sample once a pass.
         workers: "thread" or "process".
         learning_rate: of Adam. Default 1e-4.
-        capacity, min_after_dequeue: of the queue, in samples. Defaults 2000 and 1000.
+        capacity, min_after_dequeue: of the queue, in samples. Defaults 2000 and 1000, more for
+            batches of more than 250.
         seed: of the initial weights, the order of samples and the queue's shuffling.
         log_dir: write TensorBoard summaries there, in `train` and `valid`.
         validate: run the real test set after each epoch.
@@ -227,7 +229,8 @@ def _plain(value: Any) -> Any:
 
 
 def check_settings(settings: dict[str, Any]) -> None:
-    """Raises ValueError, which names it, for an argument of `train` that is out of range."""
+    """Fills in the sizes of the queue. Raises ValueError, which names it, for an argument of
+    `train` that is out of range."""
 
     def check(name: str, fits: bool, what: str) -> None:
         expect(fits, f"train: {name} must be {what}", settings[name])
@@ -239,6 +242,8 @@ def check_settings(settings: dict[str, Any]) -> None:
     check("seed", is_integer(settings["seed"], 0, 2**31 - 1), "an integer from 0 to 2**31 - 1")
     for name in ("delay", "learning_rate"):
         check(name, is_number(settings[name]), "a number >= 0")
+    given = (settings[name] for name in ("batch_size", "capacity", "min_after_dequeue"))
+    settings["capacity"], settings["min_after_dequeue"] = queue_sizes(*given)
     least = settings["min_after_dequeue"] + settings["batch_size"]
     enough = settings["min_after_dequeue"] >= 0 and settings["capacity"] >= least
     check("capacity", enough, f"at least min_after_dequeue + batch_size = {least}")

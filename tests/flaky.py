@@ -181,4 +181,6 @@ def main(arguments: list[str] | None = None, root: Path = Path(__file__).parents
 
 
 if __name__ == "__main__":
+    # pytest runs in a session of its own, which nobody else would end.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     sys.exit(main())

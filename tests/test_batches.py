@@ -2,6 +2,7 @@
 
 import itertools
 import sys
+from typing import NamedTuple
 
 import cloudpickle
 import numpy as np
@@ -320,3 +321,112 @@ def test_workers_that_begin_apart_or_share_are_not(workers, recwarn):
     for factory, n in ((apart, 3), (shares, 3), (one, 1)):
         in_dataset(QueueRunner(factory, 4, n, workers, **SMALL))
     assert not [w for w in recwarn if "equal to the last bit" in str(w.message)]
+
+
+# -- what no tensor can hold ---------------------------------------------------------------------
+
+
+class _Sparse:
+    def toarray(self):
+        return np.zeros((4, 2))
+
+
+UNFIT = {
+    "numbers as objects": (np.array([1, 2.5, 3, 4], object), r"type int.*\.astype\('float32'\)"),
+    "ragged": (np.array([np.zeros(2), np.zeros(3)], object), r"type ndarray.*Pad them"),
+    "ragged list": ([[1, 2], [3]], r"one shape.*Pad its rows"),
+    "None": (np.array(["a", None], object), r"NoneType.*Fill in"),
+    "dates": (np.array(["2026-01-01"], "datetime64[D]"), r"datetime64.*\.astype\('int64'\)"),
+    "long floats": (np.ones(4, np.longdouble), r"Convert it: \.astype\('float64'\)"),
+    "records": (np.zeros(4, [("a", int), ("b", float)]), r"dict of arrays: a, b"),
+    "sparse": (_Sparse(), r"sparse _Sparse.*\.toarray\(\)"),
+    "a number": (1.5, r"float 1\.5, expected an array"),
+    "a text": ("abc", r"'abc', expected an array"),
+}
+
+
+@pytest.mark.parametrize("name", UNFIT)
+def test_elements_that_no_tensor_can_hold_are_named_with_the_cure(name):
+    leaf, said = UNFIT[name]
+
+    def factory():
+        yield {"x": leaf}
+
+    with pytest.raises(WorkerError, match=f"(?s)delivered .*x.*{said}.*yielded here"):
+        in_dataset(QueueRunner(factory, 2, **SMALL))
+
+
+@pytest.mark.parametrize("name", ["ragged", "ragged list", "None", "dates", "sparse"])
+def test_they_are_named_later_too(name):
+    leaf, said = UNFIT[name]
+
+    def factory():
+        yield {"x": np.zeros(4)}
+        yield {"x": leaf}
+
+    with pytest.raises(WorkerError, match=f"(?s)delivered .*x.*{said}.*yielded here"):
+        in_dataset(QueueRunner(factory, 2, **SMALL))
+
+
+def test_an_empty_batch_and_an_open_shape_are_refused():
+    with pytest.raises(WorkerError, match=r"tuple \(\), expected at least one array"):
+        in_dataset(QueueRunner(lambda: iter([()]), 2, **SMALL))
+    with pytest.raises(ValueError, match=r"Component: shape must be integers.*\(None, 3\)"):
+        Component("x", (None, 3), np.float32)
+
+
+class Pair(NamedTuple):
+    image: np.ndarray
+    label: np.ndarray
+
+
+def test_namedtuples_come_back_as_namedtuples(consume, workers):
+    def factory():
+        yield Pair(np.ones((4, 2)), np.arange(4)), {"more": Pair(np.zeros(4), np.zeros(4))}
+
+    (batch,) = consume(QueueRunner(factory, 4, 1, workers, **SMALL))
+    assert sorted(batch[0].label.tolist()) == [0, 1, 2, 3] and batch[0].image.shape == (4, 2)
+    assert batch[1]["more"].image.shape == (4,)
+
+
+# -- arguments -----------------------------------------------------------------------------------
+
+
+def test_queue_sizes_follow_the_batch_size_unless_given():
+    def sizes(*arguments, **given):
+        runner = QueueRunner(lambda: iter(()), *arguments, **given)
+        return runner.capacity, runner.min_after_dequeue
+
+    assert sizes() == sizes(250) == (2000, 1000)
+    assert sizes(1024) == (8192, 4096)
+    assert sizes(32, min_after_dequeue=1990) == (2990, 1990)
+    assert sizes(32, capacity=1100) == (1100, 1000)
+
+
+@pytest.mark.parametrize(
+    "wrong", [np.zeros((4, 2)), (np.zeros(4), np.zeros(4)), [np.zeros(4), np.zeros(4)]]
+)
+def test_arrays_in_place_of_a_factory_are_refused_with_the_line_to_write(wrong):
+    with pytest.raises(TypeError, match=r"lambda: zip\(np\.array_split\(x"):
+        QueueRunner(wrong)
+
+
+def test_a_parameter_that_nobody_fills_is_named_with_those_that_exist():
+    def factory(worker_id, n_workers, path="data"):
+        yield (np.zeros(4),)
+
+    with pytest.raises(TypeError, match=r"needs worker_id.*worker, n_workers and epoch"):
+        QueueRunner(factory)
+
+
+def test_a_runner_is_iterated_over_and_says_what_keras_takes():
+    def factory():
+        yield (np.arange(8),)
+
+    runner = QueueRunner(factory, 4, **SMALL)
+    with runner:
+        assert sorted(int(i) for (part,) in runner for i in part) == list(range(8))
+    model = tf.keras.Sequential([tf.keras.Input((1,)), tf.keras.layers.Dense(1)])
+    model.compile("sgd", "mse")
+    with pytest.raises(ValueError, match=r"take its \.dataset\(\)"):
+        model.fit(runner)

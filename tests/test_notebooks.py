@@ -33,8 +33,10 @@ COMPUTE_STEPS, CASE_STEPS, ROUNDS = 20, 10, 1""",
     "05_threads_or_processes": """SECONDS, ROUNDS, COMPUTE_STEPS = 0.1, 1, 20
 SETTINGS = (("thread", 1), ("thread", 2), ("process", 2))
 del WORK["NumPy"]""",
-    "06_when_things_break": "GOOD, PACE, GUARD, TIMEOUT = 5, 0.005, 0.8, 0.4",
-    "07_your_own_data": """FILES, EPOCHS, LATENCY = 384, 2, 0.005
+    # More good batches than the queue holds, and time for a process to start on a busy machine:
+    # the loop must have had a batch before the fault, or there is nothing to plot.
+    "06_when_things_break": "GOOD, PACE, GUARD, TIMEOUT = 20, 0.005, 2.0, 1.0",
+    "07_your_own_data": """FILES, EPOCHS, LATENCY = 384, 3, 0.005
 DIAGNOSE, CHECK, AUTO = 0.5, 0.1, 1""",
 }
 STATE = """

@@ -295,7 +295,7 @@ def test_nothing_is_said_of_steps_where_none_were_given(line):
             callbacks=[steps],
         )  # fmt: skip
     assert steps.train == [5, 5, 5, 5] and steps.test == [3, 3, 3, 3]
-    assert not [w for w in said if "QueueRunner" in str(w.message)]
+    assert [str(w.message) for w in said if "QueueRunner" in str(w.message)] == []
 
 
 def test_evaluate_and_predict_by_steps_see_as_many_each_time(line, workers):

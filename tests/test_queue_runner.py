@@ -728,7 +728,7 @@ def test_a_queue_of_petabytes_is_refused_for_real(consume):
         ({"capacity": 1000}, r"capacity.*1000 \+ 32.*1000"),
         ({"capacity": 2000.5}, "capacity"),
         ({"min_after_dequeue": -1}, "min_after_dequeue"),
-        ({"min_after_dequeue": 1990}, r"1990 \+ 32"),
+        ({"min_after_dequeue": 1990, "capacity": 2000}, r"1990 \+ 32"),
         ({"on_error": "ignore"}, "on_error.*'ignore'"),
         ({"timeout": 0}, "timeout.*0"),
         ({"timeout": "1"}, "timeout.*'1'"),

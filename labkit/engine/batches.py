@@ -25,6 +25,11 @@ class Component:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "shape", tuple(self.shape))
+        if not all(isinstance(size, (int, np.integer)) and size >= 0 for size in self.shape):
+            raise ValueError(
+                f"Component: shape must be integers >= 0, of one sample, got {self.shape}. Leave "
+                "the batch axis away; samples of different sizes must be padded to one."
+            )
         object.__setattr__(self, "dtype", np.dtype(self.dtype).newbyteorder("="))
 
     @property
@@ -56,7 +61,13 @@ class Spec:
                 )
             return Component(name, array.shape[1:], array.dtype)
 
-        return cls(_walk(batch, describe))
+        spec = cls(_walk(batch, describe))
+        if not spec.components:
+            raise BatchError(
+                f"delivered {short(batch)}, expected at least one array. Yield tuples or dicts of "
+                "arrays, such as (images, labels)."
+            )
+        return spec
 
     @classmethod
     def given(cls, structure: Any) -> "Spec":
@@ -148,7 +159,8 @@ def _walk(node: Any, visit: Callable[[str, Any], Any], name: str = "") -> Any:
     if isinstance(node, dict):
         return {key: _walk(part, visit, _join(name, key)) for key, part in node.items()}
     if isinstance(node, tuple):
-        return tuple(_walk(part, visit, _join(name, i)) for i, part in enumerate(node))
+        parts = (_walk(part, visit, _join(name, i)) for i, part in enumerate(node))
+        return type(node)(*parts) if hasattr(node, "_fields") else tuple(parts)
     return visit(name or "0", node)
 
 
@@ -170,11 +182,48 @@ def _as_array(name: str, leaf: Any) -> np.ndarray:
             "arrays: a list would be taken for the samples of one array. Yield a tuple, (x, y); "
             "or np.stack(samples) for an array of samples."
         )
-    array = np.asarray(leaf)
+    if hasattr(leaf, "toarray"):
+        raise BatchError(
+            f"delivered {name} = a sparse {type(leaf).__name__}, expected a dense array. Yield it "
+            "as .toarray()."
+        )
+    try:
+        array = np.asarray(leaf)
+    except ValueError as error:  # of lists that have no common shape
+        raise BatchError(
+            f"delivered {name} = {short(leaf)}, expected an array of one shape ({error}). Pad its "
+            "rows to one length."
+        ) from error
     if array.dtype.kind in "SU" and not isinstance(leaf, np.ndarray):
         # NumPy's own text types drop the zeros at the end of each string.
         return np.array(leaf, object)
+    _check_elements(name, array)
     return array if array.dtype.isnative else array.astype(array.dtype.newbyteorder("="))
+
+
+def _check_elements(name: str, array: np.ndarray) -> None:
+    """Raises BatchError for elements that no tensor can hold, with what to do about them."""
+    dtype, cure = array.dtype, ""
+    found = str(dtype)
+    if dtype.kind == "O":
+        odd = next((x for x in array.flat if not isinstance(x, (str, bytes))), "")
+        found = f"object, with elements of type {type(odd).__name__}"
+        if isinstance(odd, (np.ndarray, list, tuple)):
+            cure = "Pad them to one shape and np.stack them."
+        elif odd is None:
+            cure = "Fill in a number or a text for None."
+        elif not isinstance(odd, (str, bytes)):
+            cure = "Convert them: .astype('float32'), .astype('int64') or .astype(str)."
+    elif dtype.kind in "Mm":
+        cure = "Convert them to numbers: .astype('int64')."
+    elif dtype.kind in "fc" and dtype.itemsize > 8 * (1 + (dtype.kind == "c")):
+        cure = f"Convert it: .astype('{'complex128' if dtype.kind == 'c' else 'float64'}')."
+    elif dtype.fields is not None:
+        cure = f"Yield its fields as a dict of arrays: {', '.join(dtype.fields)}."
+    if cure:
+        raise BatchError(
+            f"delivered component '{name}' of {found}, expected numbers, bool or text. {cure}"
+        )
 
 
 def _holds_arrays(items: list[Any]) -> bool:

@@ -12,7 +12,7 @@ from typing import Any
 
 from labkit.engine import wire
 from labkit.engine.batches import Spec
-from labkit.engine.pickling import dump_error, unpickle_factory
+from labkit.engine.pickling import dump_error, dump_spec, unpickle_factory
 from labkit.engine.produce import Made, produce
 from labkit.engine.ring import Layout, Writer
 from labkit.engine.tracebacks import describe
@@ -108,7 +108,7 @@ class _Child:
         return self._epoch == epoch
 
     def _lay_out(self, spec: Spec, rows: int) -> None:
-        self.tell("first", (spec, rows))
+        self.tell("first", (dump_spec(spec), rows))
         while not self._laid_out:
             answer = self.hear()
             if answer[:1] in (b"E", b"F"):

@@ -330,6 +330,7 @@ class _LostInterrupt:
 
     def __init__(self, queue: Queue, terms: Terms) -> None:
         self.queue, self.terms = queue, terms
+        ear.came_since(0.0)  # what is not heard yet belongs to what was before
         self.began = time.monotonic()
         self.taken: int | None = None  # by the consumer, at the first look after the Ctrl-C
 

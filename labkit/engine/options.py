@@ -15,6 +15,16 @@ from labkit.engine.pool import Job
 from labkit.engine.produce import IteratorFactory
 
 
+def queue_sizes(batch_size: int, capacity: Any, min_after_dequeue: Any) -> tuple[Any, Any]:
+    """Capacity and min_after_dequeue: as given, or else to fit the batch size."""
+    mixing = max(1000, 4 * batch_size)
+    least = mixing if min_after_dequeue is None else min_after_dequeue
+    if capacity is None:
+        # What is no number is refused by name later.
+        capacity = mixing + (least if is_integer(least) else 0)
+    return capacity, least
+
+
 @dataclass(frozen=True)
 class Options:
     """The constructor's arguments, checked."""
@@ -42,6 +52,9 @@ class Options:
         several = self.n_workers == "auto" or is_integer(self.n_workers, 1)
         check("n_workers", several, "'auto' or >= 1")
         check("batch_size", is_integer(self.batch_size, 1), "an integer >= 1")
+        sizes = queue_sizes(self.batch_size, self.capacity, self.min_after_dequeue)
+        for name, size in zip(("capacity", "min_after_dequeue"), sizes, strict=True):
+            object.__setattr__(self, name, size)
         for name in ("max_workers", "samples"):
             value = getattr(self, name)
             check(name, value is None or is_integer(value, 1), "None or >= 1")

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from labkit.engine.batches import Spec
 from labkit.engine.produce import IteratorFactory
 from labkit.engine.ring import shared_memory
 
@@ -101,6 +102,13 @@ def _unpicklable(thing: Any, name: str = "", depth: int = 0) -> str:
             inner = name if key == "__self__" else f"{name}.{key}"
             return _unpicklable(part, inner, depth + 1)
     return f"'{name}' ({type(thing).__name__})"
+
+
+def dump_spec(spec: Spec) -> bytes:
+    """The spec for another process; a namedtuple's class may be one that only this one has."""
+    import cloudpickle
+
+    return cloudpickle.dumps(spec)
 
 
 def dump_error(error: BaseException) -> bytes | None:

@@ -181,7 +181,8 @@ class _Process:
             return Chunk(self.index, self.ring.read(slots, rows), seconds, epoch, slots)
         kind, content = pickle.loads(data)
         if kind == "first":
-            spec, rows = content
+            code, rows = content
+            spec: Spec = pickle.loads(code)
             self._lay_out(spec, rows)
             return spec
         if kind == "chunk":

@@ -1,13 +1,16 @@
 """The one loop that walks an iterator, whatever runs it: a thread, a process."""
 
+import contextlib
 import inspect
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 from labkit.engine.batches import ALONE, Arrays, BatchError, Spec, short
+
+_KNOWN = {"worker", "n_workers", "epoch"}
 
 
 class IteratorFactory:
@@ -15,17 +18,28 @@ class IteratorFactory:
 
     def __init__(self, factory: Callable[..., Iterable[Any]], n_workers: int) -> None:
         if not callable(factory):
+            cure = (
+                "Pass the function itself, without calling it: QueueRunner(data.train_iterator), "
+                "or lambda: iter(your_object)."
+            )
+            if any(hasattr(part, "shape") for part in (factory, *_parts(factory))):
+                cure = "Of arrays: lambda: zip(np.array_split(x, 100), np.array_split(y, 100))."
             raise TypeError(
                 f"QueueRunner: iterator must be a function that returns a new iterator, "
-                f"got {short(factory)}. Pass the function itself, without calling it: "
-                "QueueRunner(data.train_iterator), or lambda: iter(your_object)."
+                f"got {short(factory)}. {cure}"
             )
         self.factory, self.n_workers = factory, n_workers
-        try:
-            names = set(inspect.signature(factory).parameters)
-        except (TypeError, ValueError):
-            names = set()
-        self.names = names & {"worker", "n_workers", "epoch"}
+        parameters: Mapping[str, inspect.Parameter] = {}
+        with contextlib.suppress(TypeError, ValueError):
+            parameters = inspect.signature(factory).parameters
+        self.names = set(parameters) & _KNOWN
+        unknown = [name for name in parameters if name not in _KNOWN and _needed(parameters[name])]
+        if unknown:
+            raise TypeError(
+                f"QueueRunner: the iterator factory needs {', '.join(unknown)}, expected no "
+                "parameter without a default but worker, n_workers and epoch. Rename it if it is "
+                f"one of these, or bind it: functools.partial(factory, {unknown[0]}=...)."
+            )
 
     @property
     def shards(self) -> bool:
@@ -46,6 +60,15 @@ class IteratorFactory:
             raise TypeError(
                 f"the iterator factory returned {short(made)}, expected an iterator of batches."
             ) from None
+
+
+def _parts(factory: Any) -> tuple[Any, ...]:
+    return tuple(factory) if isinstance(factory, (tuple, list)) else ()
+
+
+def _needed(parameter: inspect.Parameter) -> bool:
+    variable = parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
+    return parameter.default is parameter.empty and not variable
 
 
 class Made(NamedTuple):

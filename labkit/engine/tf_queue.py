@@ -235,6 +235,7 @@ def _destroy(handle: tf.Tensor, name: str) -> None:
 
 def dataset_of_passes(
     shape: Shape,
+    on_iteration: Callable[[], None],
     open_pass: Callable[[], tuple[tf.Tensor, int]],
     end_pass: Callable[[int], None],
     batches: int | None,
@@ -242,6 +243,7 @@ def dataset_of_passes(
     """A dataset whose every iteration is a pass: what comes out of a queue until it is closed.
 
     Args:
+        on_iteration: called by whoever iterates over the dataset itself, ahead of `open_pass`.
         open_pass: called at the start of an iteration; returns an EagerQueue's handle and the
             number of the pass.
         end_pass: called with that number when the queue has given its last batch; what it raises
@@ -275,23 +277,30 @@ def dataset_of_passes(
     dataset = tf.data.Dataset.range(1).flat_map(plain(one_pass))
     if batches is not None:
         dataset = dataset.apply(tf.data.experimental.assert_cardinality(batches))
+
+    class Passes(type(dataset)):  # type: ignore[misc]
+        def __iter__(self) -> Any:
+            on_iteration()
+            return super().__iter__()
+
+    dataset.__class__ = Passes
     return dataset
 
 
-def keras_loop() -> tuple[str, int | None]:
-    """The innermost `fit`, `evaluate` or `predict` that runs now, and the steps that it was given.
+def steps_asked_for() -> tuple[int, int] | None:
+    """Of the `fit` that calls this: `steps_per_epoch` and epochs; None without one.
 
-    Keras does not tell its data for whom they are, so the stacks are looked at.
+    Keras does not tell its data for whom they are, so the caller's own stack is looked at.
     """
-    for top in sys._current_frames().values():
-        frame: types.FrameType | None = top
-        while frame is not None:
-            name, file = frame.f_code.co_name, frame.f_code.co_filename
-            if name in ("fit", "evaluate", "predict") and file.endswith("trainer.py"):
-                given = frame.f_locals
-                return name, given.get("steps_per_epoch", given.get("steps"))
-            frame = frame.f_back
-    return "", None
+    frame: types.FrameType | None = sys._getframe()
+    while frame is not None:
+        name, file = frame.f_code.co_name, frame.f_code.co_filename
+        if name in ("fit", "evaluate", "predict") and file.endswith("trainer.py"):
+            given = frame.f_locals
+            steps = given.get("steps_per_epoch")
+            return (steps, given["epochs"] - given["initial_epoch"]) if steps else None
+        frame = frame.f_back
+    return None
 
 
 def _tf_type(component: Component) -> tf.DType:
