@@ -115,6 +115,19 @@ def test_a_small_finite_generator_is_started_again_and_again():
     assert all(row.predicted > 0 for row in report.rows)
 
 
+def test_an_iterator_that_can_be_walked_only_once_is_an_error():
+    once = iter([(np.zeros((8, 4)),)] * 3)
+    with pytest.raises(WorkerError, match="diagnose: the iterator ended before its first batch"):
+        labkit.diagnose(lambda: once, 0.001, **NO_TIME)
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_third_kind_of_worker_is_diagnosed_and_no_short_run_warns(monkeypatch, few_settings):
+    monkeypatch.setitem(KINDS, "other", replace(KINDS["thread"], plural="others"))
+    report = labkit.diagnose(light, 0.0001, seconds=0.01, progress=False, workers="other")
+    assert {row.workers for row in report.rows} == {"other"} and "<table>" in report._repr_html_()
+
+
 # -- the model -----------------------------------------------------------------------------------
 
 

@@ -58,10 +58,9 @@ class Options:
         for name in ("max_workers", "samples"):
             value = getattr(self, name)
             check(name, value is None or is_integer(value, 1), "None or >= 1")
-        least, batch = self.min_after_dequeue, self.batch_size
-        fits = is_integer(least, 0) and is_integer(self.capacity, least + batch)
-        what = f"at least min_after_dequeue + batch_size ({least} + {batch})"
-        check("capacity", fits, what)
+        least, size = self.min_after_dequeue, self.batch_size
+        fits = is_integer(least, 0) and is_integer(self.capacity, least + size)
+        check("capacity", fits, f"at least min_after_dequeue + batch_size ({least} + {size})")
         timeout = self.timeout
         in_time = timeout is None or (isinstance(timeout, (int, float)) and timeout > 0)
         check("timeout", in_time, "None or seconds > 0")

@@ -14,12 +14,11 @@ from tqdm.auto import tqdm
 
 from labkit.checks import expect, is_integer, is_number
 from labkit.engine import KINDS
-from labkit.instruments import laws
+from labkit.instruments import laws, measure
 from labkit.instruments.laws import Demands
-from labkit.instruments.measure import Alone, Model, alone, first_batch, repeat, together
+from labkit.instruments.measure import Alone, Iterators, Model, together
 from labkit.machine import usable_cores
 from labkit.queue_runner import QueueRunner
-from labkit.quiet import tf
 
 _SERIAL = next(iter(KINDS))  # one worker of this kind is the serial loop
 _ROUNDS = 2
@@ -66,7 +65,7 @@ class Report:
     serial_rate: float
     demands: dict[str, Demands]
     seconds: float
-    iterator: Callable[..., Iterable[Any]] = field(repr=False)
+    iterator: Iterators = field(repr=False)
     model: Model = field(repr=False)
     batch_size: int = 0
 
@@ -150,7 +149,7 @@ class Report:
 
 
 def diagnose(
-    iterator: Callable[..., Iterable[Any]],
+    iterator: Iterators,
     model: Any,
     seconds: float = 20.0,
     batch_size: int | None = None,
@@ -206,9 +205,9 @@ def diagnose(
     began = time.monotonic()
     runs = Model.of(model, restore)
     with tqdm(total=20, disable=not progress, desc="first batch", leave=False) as bar:
-        first, spec = first_batch(iterator)
+        first, spec = measure.first_batch(iterator)
         size = int(batch_size or len(spec.flatten(first)[0]))
-        repeated = repeat(first, spec, size)
+        repeated = measure.repeat(first, spec, size)
         runs.build(repeated)
         # Runs of the generator, 2 of the model, and up to 8 settings of both, in rounds.
         slot = seconds / (6 + 8 * _ROUNDS + _STARTS)
@@ -248,9 +247,9 @@ class _Measured(NamedTuple):
 
 
 def _measure(
-    iterator: Callable[..., Iterable[Any]],
+    iterator: Iterators,
     model: Model,
-    repeated: tf.data.Dataset,
+    repeated: Any,
     size: int,
     kinds: list[str],
     slot: float,
@@ -281,7 +280,7 @@ def _measure(
 
 
 def _alone_in_each(
-    iterator: Callable[..., Iterable[Any]], kinds: list[str], seconds: float, bar: tqdm
+    iterator: Iterators, kinds: list[str], seconds: float, bar: tqdm
 ) -> tuple[dict[Setting, Alone], dict[str, str]]:
     """The serial loop, one and two workers of each kind; and why a kind cannot be had, if so."""
     found: dict[Setting, Alone] = {}
@@ -291,7 +290,7 @@ def _alone_in_each(
             continue
         _say(bar, f"generator in {_named(kind, n)}")
         try:
-            found[kind, n] = alone(iterator, kind, n, seconds)
+            found[kind, n] = measure.alone(iterator, kind, n, seconds)
         except (TypeError, OSError, MemoryError) as error:
             problems[kind] = str(error)
             if kind == _SERIAL or problems.keys() >= set(kinds):
@@ -309,20 +308,15 @@ def _counts(kind: str) -> list[int]:
 
 
 def _report(
-    measured: _Measured,
-    began: float,
-    iterator: Callable[..., Iterable[Any]],
-    model: Model,
-    size: int,
+    measured: _Measured, began: float, iterator: Iterators, model: Model, size: int
 ) -> Report:
     single, problems, demands, both, step, again = measured
     margin = _NOISE + abs(again / step - 1)
     rows = []
     for kind, need in demands.items():
         rates = {n: fmean(seen) for (k, n), seen in both.items() if k == kind}
-        shares_lock = KINDS[kind].shares_lock
-        predicted = laws.predict(_counts(kind), need, rates, margin, shares_lock)
-        rows += [Row(kind, *made) for made in predicted]
+        made = laws.predict(_counts(kind), need, rates, margin, KINDS[kind].shares_lock)
+        rows += [Row(kind, *numbers) for numbers in made]
     gains = {
         KINDS[kind].shares_lock: single[kind, 2].rate / single[kind, 1].rate for kind in demands
     }

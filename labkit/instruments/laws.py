@@ -72,11 +72,7 @@ def to_try(numbers: list[int], need: Demands) -> list[int]:
 
 
 def predict(
-    numbers: list[int],
-    need: Demands,
-    measured: dict[int, float],
-    margin: float,
-    shares_lock: bool,
+    numbers: list[int], need: Demands, measured: dict[int, float], margin: float, shares_lock: bool
 ) -> Iterator[tuple[int, float, float, float, str]]:
     """The law for every number of workers, corrected by the rates that were measured together.
 

@@ -92,16 +92,11 @@ def together(
     """Steps/s of generator and model with n workers of a kind, once the queue is steady."""
     made = IteratorFactory(iterator, n)
     # A small queue, so that what was stored at the start does not count as speed.
-    options: dict[str, Any] = {
-        "workers": kind,
-        "capacity": 4 * size,
-        "min_after_dequeue": 0,
-        "timeout": 120,
-    }
+    options: dict[str, Any] = {"workers": kind, "capacity": 4 * size, "min_after_dequeue": 0}
     # A factory that names n_workers is taken to share: each of these short runs would warn of one
     # that does not, and the first real one still does.
     with QueueRunner(
-        lambda worker, n_workers, epoch: made(worker, epoch), size, n, **options
+        lambda worker, n_workers, epoch: made(worker, epoch), size, n, **options, timeout=120
     ) as runner:
         batches = runner.dataset().repeat()
         # A thread has two batches ready beside those in the queue; they say nothing of its speed.
@@ -153,7 +148,7 @@ class Model:
 
     def run(
         self,
-        dataset: tf.data.Dataset,
+        dataset: Any,
         seconds: float,
         ready: Callable[[], bool] = lambda: True,
         stored: int = 2,

@@ -306,16 +306,10 @@ def diagnosis(report: Any, machine: Mapping[str, Any] | None = None) -> Figure:
     for kind, colour, marker in zip(kinds, colours, "os^D", strict=False):
         rows = [row for row in report.rows if row.workers == kind]
         counts = [row.n for row in rows]
-        ax.fill_between(
-            counts, [r.low for r in rows], [r.high for r in rows], color=colour, alpha=0.2
-        )
-        ax.plot(
-            counts,
-            [r.predicted for r in rows],
-            color=colour,
-            marker=marker,
-            label=f"{kind}, predicted",
-        )
+        low, high = [row.low for row in rows], [row.high for row in rows]
+        ax.fill_between(counts, low, high, color=colour, alpha=0.2)
+        predicted = [row.predicted for row in rows]
+        ax.plot(counts, predicted, color=colour, marker=marker, label=f"{kind}, predicted")
         seen = [row for row in rows if row.measured is not None]
         ax.plot(
             [r.n for r in seen],
@@ -332,12 +326,9 @@ def diagnosis(report: Any, machine: Mapping[str, Any] | None = None) -> Figure:
     ticks = sorted({row.n for row in report.rows})
     ax.set_xticks(ticks, [str(n) for n in ticks])
     ax.set_ylim(bottom=0)
-    best = report.best
-    ax.set(
-        xlabel="workers",
-        ylabel="steps per second",
-        title=f"{best.n} x {best.workers}: about {report.speed_up:.1f}x the serial loop",
-    )
+    best = f"{report.best.n} x {report.best.workers}"
+    title = f"{best}: about {report.speed_up:.1f}x the serial loop"
+    ax.set(xlabel="workers", ylabel="steps per second", title=title)
     ax.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False)
     _machine(figure, machine)
     return figure
