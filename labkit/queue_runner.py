@@ -261,7 +261,7 @@ class QueueRunner:
         self.raise_if_failed()
         steps, epochs = self._asked or (0, 0)
         batches = -(-self.samples // self.batch_size)
-        if steps * epochs > batches and not self._told:
+        if steps * epochs > batches and not self._told and self._batches() is None:
             self._told = True
             warnings.warn(
                 f"QueueRunner: the data have {batches} batches, which fit(steps_per_epoch={steps}, "
@@ -339,9 +339,8 @@ class QueueRunner:
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         self._left = True
         self.stop()
-        consequence = isinstance(error, (tf.errors.OutOfRangeError, tf.errors.CancelledError))
-        consequence |= isinstance(error, tf.errors.OpError) and "WorkerError" in str(error)
-        if error is None or consequence:
+        # Where a worker has failed, what TensorFlow says of it is a consequence.
+        if error is None or isinstance(error, tf.errors.OpError):
             self.raise_if_failed()
 
     def _alive(self) -> Feeder | None:

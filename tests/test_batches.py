@@ -340,6 +340,9 @@ UNFIT = {
     "long floats": (np.ones(4, np.longdouble), r"Convert it: \.astype\('float64'\)"),
     "records": (np.zeros(4, [("a", int), ("b", float)]), r"dict of arrays: a, b"),
     "sparse": (_Sparse(), r"sparse _Sparse.*\.toarray\(\)"),
+    "masked": (np.ma.array([1.0, 2.0], mask=[0, 1]), r"1 masked values.*\.filled\(value\)"),
+    "a set": ({1.5}, r"set \{1\.5\}, expected an array"),
+    "mixed keys": ({1: np.zeros(2), "a": np.zeros(2)}, r"keys of one type"),
     "a number": (1.5, r"float 1\.5, expected an array"),
     "a text": ("abc", r"'abc', expected an array"),
 }
@@ -430,3 +433,12 @@ def test_a_runner_is_iterated_over_and_says_what_keras_takes():
     model.compile("sgd", "mse")
     with pytest.raises(ValueError, match=r"take its \.dataset\(\)"):
         model.fit(runner)
+
+
+def test_a_masked_array_with_nothing_masked_and_text_of_any_length_go_through(consume, workers):
+    def factory():
+        text = np.array(["a", "longer"], dtype=np.dtypes.StringDType())
+        yield np.ma.array([1.0, 2.0], mask=[0, 0]), text
+
+    (batch,) = consume(QueueRunner(factory, 2, 1, workers, **SMALL))
+    assert sorted(batch[0].tolist()) == [1, 2] and sorted(batch[1].tolist()) == [b"a", b"longer"]

@@ -217,3 +217,24 @@ def test_tensors_of_the_third_kind_feed_keras(workers):
     with QueueRunner(points, 8, 1, workers, **SMALL) as runner:
         history = model.fit(runner.dataset(), epochs=2, verbose=0, shuffle=False)
     assert len(history.history["loss"]) == 2
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_an_error_whose_text_is_no_text_is_told_all_the_same(consume, workers):
+    def no_utf8():
+        yield (np.zeros(8),)
+        raise ValueError(f"caf{chr(0xDCE9)}.png is damaged")
+
+    with pytest.raises(WorkerError, match=r"caf\\udce9\.png is damaged"):
+        consume(QueueRunner(no_utf8, 8, 1, workers, **SMALL))
+
+    class SilentError(Exception):
+        def __str__(self):
+            return self.never_set
+
+    def no_text():
+        yield (np.zeros(8),)
+        raise SilentError
+
+    with pytest.raises(WorkerError, match="raised SilentError, whose text raises AttributeError"):
+        consume(QueueRunner(no_text, 8, 1, workers, **SMALL))

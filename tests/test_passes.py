@@ -382,6 +382,31 @@ def test_under_a_mirrored_strategy_each_epoch_is_whole(tmp_path):
     assert done.stdout.splitlines()[-1:] == [str([20] * 8)], done.stdout + done.stderr
 
 
+def test_a_session_that_had_the_queue_before_is_refused(workers):
+    """Its queue is closed for good: it would end at once, without a sample."""
+    with tf.Graph().as_default():
+        runner = QueueRunner(batches_of(6), 8, 2, workers, **SMALL)
+        runner.get_inputs()
+        with v1.Session() as sess:
+            with runner.start(sess):
+                pass
+            with pytest.raises(RuntimeError, match="a new session of the same graph"):
+                runner.start(sess)
+
+
+@pytest.mark.parametrize("steps", [10, 20])
+def test_where_the_length_is_known_no_steps_are_warned_of(line, steps):
+    counted = Steps()
+    runner = QueueRunner(points(20), 32, capacity=200, min_after_dequeue=64, samples=640)
+    with runner, warnings.catch_warnings():
+        warnings.simplefilter("error")
+        line.fit(
+            runner.dataset(), epochs=3, steps_per_epoch=steps, shuffle=False, verbose=0,
+            callbacks=[counted],
+        )  # fmt: skip
+    assert counted.train == ([10, 10, 10] if steps == 10 else [20, 20, 20])
+
+
 def test_in_graph_mode_one_start_is_one_pass():
     assert sorted(
         i for index, _ in in_graph(QueueRunner(batches_of(6), 8, 2, **SMALL)) for i in index

@@ -157,6 +157,11 @@ class Spec:
 
 def _walk(node: Any, visit: Callable[[str, Any], Any], name: str = "") -> Any:
     if isinstance(node, dict):
+        if len({isinstance(key, str) for key in node}) > 1:
+            raise BatchError(
+                f"delivered a dict with the keys {list(node)}, expected keys of one type. Name all "
+                "of them by texts."
+            )
         return {key: _walk(part, visit, _join(name, key)) for key, part in node.items()}
     if isinstance(node, tuple):
         parts = (_walk(part, visit, _join(name, i)) for i, part in enumerate(node))
@@ -187,6 +192,12 @@ def _as_array(name: str, leaf: Any) -> np.ndarray:
             f"delivered {name} = a sparse {type(leaf).__name__}, expected a dense array. Yield it "
             "as .toarray()."
         )
+    if np.ma.is_masked(leaf):
+        raise BatchError(
+            f"delivered {name} = a masked array with {np.ma.count_masked(leaf)} masked values, "
+            "which would train as if they were data. Yield it as .filled(value), and the mask as "
+            "an array of its own if it is needed."
+        )
     try:
         array = np.asarray(leaf)
     except ValueError as error:  # of lists that have no common shape
@@ -194,8 +205,8 @@ def _as_array(name: str, leaf: Any) -> np.ndarray:
             f"delivered {name} = {short(leaf)}, expected an array of one shape ({error}). Pad its "
             "rows to one length."
         ) from error
-    if array.dtype.kind in "SU" and not isinstance(leaf, np.ndarray):
-        # NumPy's own text types drop the zeros at the end of each string.
+    if array.dtype.kind == "T" or (array.dtype.kind in "SU" and not isinstance(leaf, np.ndarray)):
+        # NumPy's older text types drop the zeros at the end of each string.
         return np.array(leaf, object)
     _check_elements(name, array)
     return array if array.dtype.isnative else array.astype(array.dtype.newbyteorder("="))
@@ -205,7 +216,7 @@ def _check_elements(name: str, array: np.ndarray) -> None:
     """Raises BatchError for elements that no tensor can hold, with what to do about them."""
     dtype, cure = array.dtype, ""
     found = str(dtype)
-    if dtype.kind == "O":
+    if dtype.kind == "O" and array.ndim:
         odd = next((x for x in array.flat if not isinstance(x, (str, bytes))), "")
         found = f"object, with elements of type {type(odd).__name__}"
         if isinstance(odd, (np.ndarray, list, tuple)):

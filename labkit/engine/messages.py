@@ -44,8 +44,10 @@ class Lost:
     error: BaseException | None = None
 
     def as_error(self, who: str = "QueueRunner") -> WorkerError:
-        text = f"\n\n{self.text}" if self.text else ""
-        error = WorkerError(f"{who}: worker {self.worker} {self.summary}{text}")
+        text = f"{who}: worker {self.worker} {self.summary}"
+        text += f"\n\n{self.text}" if self.text else ""
+        # Names of files may hold what UTF-8 cannot, and TensorFlow crashes on such a text.
+        error = WorkerError(text.encode("utf-8", "backslashreplace").decode())
         error.worker, error.__cause__ = self.worker, self.error
         return error
 

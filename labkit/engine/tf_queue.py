@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from labkit.engine.batches import Component, Spec
+from labkit.engine.messages import WorkerError
 from labkit.quiet import tf
 
 _v1 = tf.compat.v1
@@ -50,6 +51,7 @@ class GraphQueue:
 
     def __init__(self, shape: Shape) -> None:
         self.spec, self._batch_size = shape.spec, shape.batch_size
+        self._attached: weakref.WeakSet[Any] = weakref.WeakSet()
         spec = shape.spec
         kinds = [_tf_type(c) for c in spec.components]
         with tf.name_scope("queue_runner"):
@@ -83,6 +85,13 @@ class GraphQueue:
         return _shaped(self.spec, parts if isinstance(parts, list) else [parts])
 
     def attach(self, sess: "tf.compat.v1.Session") -> "SessionQueue":
+        """Raises RuntimeError for a session that had it before: there it is closed for good."""
+        if sess in self._attached:
+            raise RuntimeError(
+                "QueueRunner.start: the queue of this session was closed by stop(), and cannot be "
+                "opened again. Start in a new session of the same graph."
+            )
+        self._attached.add(sess)
         call = _in_callers_thread
         return SessionQueue(
             call(sess, self._enqueue, self._feeds),
@@ -283,7 +292,8 @@ def dataset_of_passes(
     plain = tf.autograph.experimental.do_not_convert
 
     def one_pass(_: tf.Tensor) -> tf.data.Dataset:
-        handle, number = tf.py_function(open_pass, [], [tf.resource, tf.int64])
+        opened = functools.partial(_plainly, open_pass)
+        handle, number = tf.py_function(opened, [], [tf.resource, tf.int64])
 
         def dequeue(_: tf.Tensor) -> Any:
             parts = tf.raw_ops.QueueDequeueUpToV2(
@@ -300,7 +310,7 @@ def dataset_of_passes(
         return steps.concatenate(tf.data.Dataset.range(1).filter(plain(never)).map(plain(dequeue)))
 
     def ended(number: tf.Tensor) -> bool:
-        end_pass(int(number))
+        _plainly(functools.partial(end_pass, int(number)))
         return False
 
     dataset = tf.data.Dataset.range(1).flat_map(plain(one_pass))
@@ -314,6 +324,14 @@ def dataset_of_passes(
 
     dataset.__class__ = Passes
     return dataset
+
+
+def _plainly(call: Callable[[], Any]) -> Any:
+    """The result of `call`. TensorFlow is to print its error, not the cause that it carries."""
+    try:
+        return call()
+    except WorkerError as error:
+        raise WorkerError(str(error)) from None
 
 
 def steps_asked_for() -> tuple[int, int] | None:

@@ -15,7 +15,10 @@ def describe(error: BaseException) -> tuple[str, str]:
     """One line that names the error, and its traceback without labkit's own frames."""
     if isinstance(error, BatchError):
         return str(error), "".join(getattr(error, "__notes__", ()))
-    summary = f"raised {type(error).__name__}: {error}"
+    try:
+        summary = f"raised {type(error).__name__}: {error}"
+    except Exception as broken:
+        summary = f"raised {type(error).__name__}, whose text raises {type(broken).__name__}"
     stack = traceback.TracebackException.from_exception(error)
     stack.stack = own_frames_left_out(stack.stack)
     return summary, "".join(stack.format())
