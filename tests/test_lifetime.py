@@ -156,9 +156,13 @@ def test_the_queue_of_a_pass_costs_no_memory():
         gc.collect()
         return psutil.Process().memory_info().rss
 
+    def grown():
+        before = passes(1)
+        return (passes(200) - before) / 200
+
     passes(200)
-    # A kernel that TensorFlow keeps for each would be 37 KB.
-    assert (passes(1) - passes(600)) / -600 < 10_000
+    # A kernel that TensorFlow keeps for each would be 37 KB, each time; other noise comes and goes.
+    assert min(grown() for _ in range(5)) < 10_000
 
 
 # -- programs ------------------------------------------------------------------------------------
