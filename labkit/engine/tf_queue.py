@@ -119,14 +119,14 @@ class _Queue:
 
     def size(self) -> int:
         """Samples in it now; 0 once it cannot be asked any more."""
-        with contextlib.suppress(*_CLOSED), tf.device("/CPU:0"):
+        with contextlib.suppress(*_CLOSED):
             return self._count()
         return 0
 
     def close(self, cancel: bool) -> None:
         """No more samples come; `cancel`: those that are in it are dropped, too."""
         self._cancelled |= cancel
-        with contextlib.suppress(*_CLOSED), tf.device("/CPU:0"):
+        with contextlib.suppress(*_CLOSED):
             self._close_it(cancel)
             while cancel and self._count():
                 self._drain_some()
@@ -188,9 +188,10 @@ def _in_callers_thread(
 def _eagerly(call: Callable[[], Any]) -> Any:
     """The result of `call`, also where the caller is building a graph: no other thread is."""
     if tf.executing_eagerly():
-        return call()
+        with tf.device("/CPU:0"):
+            return call()
     with concurrent.futures.ThreadPoolExecutor(1) as elsewhere:
-        return elsewhere.submit(call).result()
+        return elsewhere.submit(_eagerly, call).result()
 
 
 class _Names:
