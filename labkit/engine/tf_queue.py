@@ -231,7 +231,9 @@ class EagerQueue(_Queue):
     def __init__(self, shape: Shape) -> None:
         self._batch_size = shape.batch_size
         self._kinds = [_tf_type(component) for component in shape.spec.components]
-        seeds = _v1.get_seed(shape.seed)
+        # Under tf.random.set_seed TensorFlow would draw another seed, so keep another kernel, each
+        # time. Without `seed` the order is not repeatable anyway: it depends on who comes first.
+        seeds = (0, 0) if shape.seed is None else _v1.get_seed(shape.seed)
         name = _names.take()
         with tf.device("/CPU:0"):
             # Not tf.queue.RandomShuffleQueue: each of those costs 37 KB for ever.
@@ -240,8 +242,8 @@ class EagerQueue(_Queue):
                 shapes=[component.shape for component in shape.spec.components],
                 capacity=shape.capacity,
                 min_after_dequeue=shape.min_after_dequeue,
-                seed=seeds[0] or 0,
-                seed2=seeds[1] or 0,
+                seed=seeds[0],
+                seed2=seeds[1],
                 shared_name=name,
             )
         weakref.finalize(self, _names.give_back, name, self.handle).atexit = False
