@@ -104,6 +104,16 @@ def test_every_notebook_is_tested():
 
 
 @pytest.mark.parametrize("name", SMALL)
+def test_a_notebook_that_is_opened_and_saved_stays_as_it_was(name):
+    text = (NOTEBOOKS / f"{name}.ipynb").read_text()
+    book = nbformat.reads(text, 4)
+    assert nbformat.writes(book) == text.removesuffix("\n")
+    # The times at which each cell ran: new ones with each run, and nothing that a reader needs.
+    timed = [index for index, cell in enumerate(book.cells) if "execution" in cell.metadata]
+    assert not timed, "make it again as CONTRIBUTING.md says"
+
+
+@pytest.mark.parametrize("name", SMALL)
 def test_run_all_again_and_after_an_interrupt(name, kernel, tmp_path):
     book = nbformat.read(NOTEBOOKS / f"{name}.ipynb", 4)
     first, *rest = [cell.source for cell in book.cells if cell.cell_type == "code"]
