@@ -4,6 +4,8 @@ import json
 import re
 import tomllib
 from pathlib import Path
+from subprocess import CalledProcessError
+from types import ModuleType
 
 import pytest
 import yaml
@@ -58,3 +60,40 @@ def test_what_was_run_is_in_the_ranges_that_pyproject_allows(run):
 def test_readme_names_the_pythons_that_were_run():
     claimed = re.findall(r"Python (3\.\d+)", (ROOT / "README.md").read_text())
     assert claimed and set(claimed) <= {run["python"].rpartition(".")[0] for run in RUNS}
+
+
+# -- .ci/versions ----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def versions(tmp_path):
+    path = ROOT / ".ci/versions"
+    module = ModuleType("versions")
+    module.__file__ = str(path)
+    exec(compile(path.read_text(), path, "exec"), module.__dict__)
+    module.RESULT = tmp_path / "versions.json"
+    return module
+
+
+def test_the_lowest_is_the_oldest_on_offer_that_is_allowed(versions):
+    versions.NEEDED = [Requirement("some>=2,<10")]
+    versions.said = lambda *command: "some (10.0)\nAvailable versions: 10.0, 9.1, 2.10, 2.9, 1.9\n"
+    assert versions.lowest("python3") == "some==2.9\n"
+
+
+def test_a_set_that_does_not_install_fails_and_the_others_are_run_and_kept(versions, monkeypatch):
+    def run(which, interpreter, tests, folder):
+        if (which, interpreter) == ("lowest", "b"):
+            raise CalledProcessError(1, "pip")
+        return {"python": {"a": "3.11.1", "b": "3.9.1"}[interpreter], "set": which, "failed": 0}
+
+    def exit_code(*asked):
+        monkeypatch.setattr("sys.argv", ["versions", *asked])
+        return versions.main()
+
+    versions.run = run
+    assert exit_code("--python", "a", "--python", "b") == 1
+    assert exit_code("--python", "a") == 0  # takes the place of the first result
+    rows = json.loads(versions.RESULT.read_text())["runs"]
+    kept = [(row["python"], row["set"]) for row in rows]
+    assert kept == [("3.9.1", "newest"), ("3.11.1", "lowest"), ("3.11.1", "newest")]
