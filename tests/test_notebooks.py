@@ -1,4 +1,4 @@
-"""Each notebook in one kernel: Run All, an interrupt in its longest cell, Run All twice more.
+"""Each notebook in one kernel: Run All, an interrupt in its longest cell, Run All once more.
 
 `pytest --nbmake notebooks` proves what the notebooks claim, at their own sizes. Here the numbers of
 their first cell are made small, so a claim (an AssertionError) may fail; nothing else may.
@@ -16,6 +16,8 @@ import pytest
 from jupyter_client.manager import start_new_kernel
 
 _HANGS_AFTER = 400.0
+# What TensorFlow keeps of a first run is less; a data set that is kept, or a graph, is more.
+_MOST_KEPT = 100e6
 NOTEBOOKS = Path(__file__).parents[1] / "notebooks"
 SMALL = {
     "01_feed_dict_baseline": """DELAY, EPOCHS, STEPS, TIMELINE, PROBES = 0.005, 2, 15, 10, 5
@@ -93,7 +95,7 @@ class Kernel:
 
 @pytest.fixture
 def kernel(tmp_path, nothing_left_running):
-    faulthandler.dump_traceback_later(_HANGS_AFTER, exit=True)  # three times Run All takes longer
+    faulthandler.dump_traceback_later(_HANGS_AFTER, exit=True)  # Run All twice takes longer
     running = Kernel(tmp_path)
     yield running
     running.close()
@@ -131,14 +133,14 @@ def test_run_all_again_and_after_an_interrupt(name, kernel, tmp_path):
         assert not threads and not children
         return took, memory
 
-    took, _ = run_all()
+    took, before = run_all()
     longest = max(range(1, len(cells)), key=took.__getitem__)
     result = kernel.run(cells[longest], interrupt_after=took[longest] / 2)
     # TensorFlow wraps an interrupt that comes together with an error of its own.
     assert result["error"] is None or "KeyboardInterrupt" in result["text"], result["text"]
     threads, children, _ = kernel.state()
     assert not threads and not children
-    _, before = run_all()
     _, after = run_all()
-    assert after < 1.05 * before, f"{(after - before) / 1e6:.0f} MB more than one Run All earlier"
+    kept = after - before
+    assert kept < _MOST_KEPT, f"{kept / 1e6:.0f} MB more than one Run All earlier"
     assert not list(tmp_path.iterdir())
