@@ -102,7 +102,8 @@ def _problem_with(path: str) -> str | None:
         if file.is_dir():
             return f"expected a file, got the folder {path}"
         was_there = file.exists()
-        file.open("a").close()
+        if file.is_file() or not was_there:  # to open a pipe would wait for its reader
+            file.open("a").close()
         if not was_there:
             file.unlink()
     except OSError as error:
@@ -136,7 +137,7 @@ def _checked(parser: _Parser, arguments: list[str] | None) -> dict[str, Any]:
 def _keep(history: History, json_file: str | None, plot_file: str | None) -> None:
     if json_file:
         history.save(json_file)
-    if plot_file and history.epochs:
+    if plot_file:
         from labkit.instruments import plots
 
         begun = f"Ended early, in epoch {len(history.epochs)} of {history.settings['epochs']}"
@@ -159,7 +160,7 @@ def main(arguments: list[str] | None = None) -> int:
         history = getattr(error, "history", None)
         stopped = isinstance(error, KeyboardInterrupt)
         code, told = (130, "interrupted; the workers are stopped.") if stopped else (1, str(error))
-    if history is not None:
+    if history is not None and history.epochs:  # else the figures of an earlier run stay
         words = sys.argv[1:] if arguments is None else arguments
         history.settings["command"] = " ".join(["python -m labkit.train", *words])
         try:

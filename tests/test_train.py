@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import re
 import subprocess
 import sys
@@ -359,16 +360,19 @@ def test_what_was_measured_before_the_end_is_shown_and_kept(
 
     monkeypatch.setattr(_Run, "_step", step_or_stop)
     json_file, plot_file = tmp_path / "run.json", tmp_path / "run.png"
+    json_file.write_text("of an earlier run")
     assert main([*FLAGS, "--json", str(json_file), "--plot", str(plot_file)]) == code
     out, err = capsys.readouterr()
-    told = f"python -m labkit.train: {said} What was measured until then is in {json_file}.\n"
-    assert err.endswith(told)
+    kept = f" What was measured until then is in {json_file}." if steps else ""
+    assert err.endswith(f"python -m labkit.train: {said}{kept}\n")
+    if not steps:
+        assert json_file.read_text() == "of an earlier run" and not plot_file.exists()
+        return
     result = History.load(json_file)
     assert not result.complete and json.loads(json_file.read_text())["complete"] is False
-    assert [epoch.steps for epoch in result.epochs] == {0: [], 2: [2], 5: [3, 2]}[steps]
-    assert len(result.steps) == (2 if steps else 0) and plot_file.exists() == (steps > 0)
-    assert ("epoch 2/2, 2 of 3 steps: " in out) == (steps == 5)
-    assert ("epoch 1/2, 2 of 3 steps: " in out) == (steps == 2)
+    assert [epoch.steps for epoch in result.epochs] == ([2] if steps == 2 else [3, 2])
+    assert len(result.steps) == 2 and plot_file.exists()
+    assert f"epoch {len(result.epochs)}/2, 2 of 3 steps: " in out
 
 
 def test_the_disk_that_is_full_at_the_end_is_told_in_one_line(capsys, tmp_path, monkeypatch):
@@ -429,6 +433,13 @@ def test_a_wrong_flag_is_told_with_the_right_one(flags, said, capsys):
     with pytest.raises(SystemExit):
         main(flags)
     assert said in capsys.readouterr().err
+
+
+def test_a_pipe_is_no_file_to_try(capsys, tmp_path):
+    os.mkfifo(tmp_path / "pipe")  # to open it would wait for a reader
+    with pytest.raises(SystemExit):
+        main(["--json", str(tmp_path / "pipe"), "--epochs", "0"])
+    assert "epochs must be" in capsys.readouterr().err
 
 
 def test_large_batches_need_no_sizes_of_the_queue():
