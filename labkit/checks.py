@@ -1,7 +1,9 @@
 """Checks of arguments, and one form for what they say: what was expected, and what came."""
 
 import math
+import tempfile
 from numbers import Integral, Real
+from pathlib import Path
 from typing import Any
 
 
@@ -15,6 +17,19 @@ def is_number(value: Any, least: float = 0.0) -> bool:
     """A finite number from `least` on; True and False are none."""
     number = isinstance(value, Real) and not isinstance(value, bool)
     return number and least <= value < math.inf
+
+
+def is_folder_to_write(path: str | Path) -> bool:
+    """Makes the folder if need be, and tries: permissions alone do not tell. Addresses of remote
+    storage, as `gs://…`, pass untried."""
+    if "://" in str(path):
+        return True
+    try:
+        Path(path).mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=path).close()
+    except OSError:
+        return False
+    return True
 
 
 def expect(condition: bool, what: str, got: Any) -> None:

@@ -1,114 +1,174 @@
 """The command line of `python -m labkit.train`: its flags, their checks, what it writes."""
 
 import argparse
+import difflib
+import inspect
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
-from labkit import WorkerError
+from labkit import WorkerError, __version__
 from labkit.data import MnistDataGenerator
 from labkit.engine import KINDS
-from labkit.train import PIPELINES, check_settings, train
+from labkit.train import PIPELINES, History, check_settings, train
+
+_DEFAULTS = {name: p.default for name, p in inspect.signature(train).parameters.items()}
 
 
 class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> Any:  # type: ignore[override]
+    def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: {message} (--help lists every flag)\n")
+
+    def refuse(self, unknown: list[str]) -> NoReturn:
+        """Ends the program over flags that are none."""
+        wrong = next((word for word in unknown if word.startswith("-")), None)
+        if wrong is None:
+            self.error(f"expected flags only, got {unknown[0]!r}")
+        name = wrong.split("=")[0]
+        near = difflib.get_close_matches(name, self._option_string_actions, 1)
+        self.error(f"unknown flag {name}" + "".join(f", did you mean {flag}?" for flag in near))
+
+
+def _number_of_workers(text: str) -> int | str:
+    try:
+        return text if text == "auto" else int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected a count or auto, got {text!r}") from None
 
 
 def _parser() -> _Parser:
     parser = _Parser(
         prog="python -m labkit.train",
+        usage="python -m labkit.train [--n_thread COUNT] [flags]",
         description="Train the CNN on MNIST, by queue or feed_dict, and see where time goes.",
         epilog="Set TF_CPP_MIN_LOG_LEVEL=0 to see TensorFlow's own start-up lines.",
-        formatter_class=lambda prog: argparse.ArgumentDefaultsHelpFormatter(
-            prog, max_help_position=32, width=120
-        ),
+        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=30),
     )
-    add = parser.add_argument
-    add("--n_thread", type=int, default=1, help="workers that make batches, a count")
+    parser.add_argument("--version", action="version", version=f"labkit {__version__}")
+
+    def group(title: str) -> Any:
+        arguments = parser.add_argument_group(title)
+
+        def add(*flags: str, help: str, **options: Any) -> None:
+            name = options.get("dest", flags[0].lstrip("-"))
+            default = _DEFAULTS.get(name)
+            if default is not None:
+                help += " (default: %(default)s)"
+            arguments.add_argument(*flags, help=help, default=default, **options)
+
+        return add
+
+    add = group("how batches are made, and reach the model")
+    kind = "which way; constant: one batch over and over, compute-only"
+    add("--pipeline", choices=PIPELINES, help=kind)
     add(
-        "--pipeline",
-        choices=PIPELINES,
-        default="queue",
-        help="how batches reach the model; constant: one batch over and over, compute-only",
+        *("--n_thread", "--n_workers"),
+        dest="n_workers",
+        metavar="COUNT",
+        type=_number_of_workers,
+        help="workers that make batches; auto: as many as it takes",
     )
-    add(
-        "--workers",
-        choices=KINDS,
-        default="thread",
-        help="kind of worker; process for generators that hold Python's lock",
-    )
-    add("--epochs", type=int, default=10, help="epochs, a count")
-    add("--steps", type=int, default=1875, help="steps per epoch, a count")
-    add("--batch_size", type=int, default=32, help="samples per step, a count")
-    add(
-        "--delay",
-        type=float,
-        default=0.05,
-        help="seconds that the generator sleeps per batch, standing for heavy work",
-    )
-    add("--learning_rate", type=float, default=1e-4, help="Adam's step size, no unit")
-    add("--capacity", type=int, help="what the queue holds, samples; 2000 or as batches need")
-    add(
-        "--min_after_dequeue",
-        type=int,
-        help="what stays in the queue for mixing, samples; 1000 or as batches need",
-    )
-    add("--seed", type=int, default=0, help="of weights, order and shuffling, an integer")
-    add(
-        "--log_dir",
-        metavar="DIR",
-        help="write TensorBoard summaries to DIR/train and DIR/valid, a path",
-    )
-    add("--json", metavar="FILE", help="write every epoch's figures to FILE, a path")
-    add(
-        "--plot",
-        metavar="FILE",
-        help="draw each epoch's waiting and computing time to FILE, a path ending in .png or .pdf",
-    )
+    kind = "kind of worker; process for generators that hold Python's lock"
+    add("--workers", choices=KINDS, help=kind)
+    sleeps = "time that the generator sleeps per batch, standing for heavy work"
+    add("--delay", metavar="SECONDS", type=float, help=sleeps)
+    holds = "what the queue holds (default: 2000, more for batches of over 250)"
+    add("--capacity", metavar="SAMPLES", type=int, help=holds)
+    stays = "what stays in it for mixing (default: 1000, more for batches of over 250)"
+    add("--min_after_dequeue", metavar="SAMPLES", type=int, help=stays)
+
+    add = group("training")
+    add("--epochs", metavar="COUNT", type=int, help="epochs")
+    add("--steps", metavar="COUNT", type=int, help="steps per epoch")
+    add("--batch_size", metavar="SAMPLES", type=int, help="samples per step")
+    add("--learning_rate", metavar="RATE", type=float, help="Adam's step size, no unit")
+    add("--seed", metavar="INTEGER", type=int, help="of weights, order and shuffling")
+
+    add = group("what is kept")
+    add("--log_dir", metavar="DIR", help="write TensorBoard summaries to DIR/train and DIR/valid")
+    kept = "write every epoch's figures to FILE, also if the run is interrupted"
+    add("--json", metavar="FILE", help=kept)
+    drawn = "draw each epoch's waiting and computing time to FILE, a .png, .pdf or .svg"
+    add("--plot", metavar="FILE", help=drawn)
     return parser
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """The command line. Returns 0; wrong values exit with 2, a failed worker returns 1."""
-    parser = _parser()
-    options = vars(parser.parse_args(arguments))
-    json_file, plot_file = options.pop("json"), options.pop("plot")
-    options["n_workers"] = options.pop("n_thread")
-    for flag, path in (("--json", json_file), ("--plot", plot_file)):
-        if path and not Path(path).resolve().parent.is_dir():
-            parser.error(f"{flag}: the folder of {path} does not exist; make it first")
-        if path and Path(path).is_dir():
-            parser.error(f"{flag}: expected a file, got the folder {path}")
-    if plot_file and Path(plot_file).suffix not in (".png", ".pdf", ".svg"):
-        parser.error(f"--plot: expected a file ending in .png, .pdf or .svg, got {plot_file}")
+def _problem_with(path: str) -> str | None:
+    """Why a file cannot be written; found out before the training, not after it."""
+    file = Path(path)
     try:
-        check_settings(options)
+        if not file.resolve().parent.is_dir():
+            return f"the folder of {path} does not exist; make it first"
+        if file.is_dir():
+            return f"expected a file, got the folder {path}"
+        was_there = file.exists()
+        if file.is_file() or not was_there:  # to open a pipe would wait for its reader
+            file.open("a").close()
+        if not was_there:
+            file.unlink()
+    except OSError as error:
+        return f"expected a file that can be written, got {path} ({error.strerror})"
+    return None
+
+
+def _checked(parser: _Parser, arguments: list[str] | None) -> dict[str, Any]:
+    """The flags, by the names of train()'s arguments; ends the program where one is wrong."""
+    given, unknown = parser.parse_known_args(arguments)
+    if unknown:
+        parser.refuse(unknown)
+    options = vars(given)
+    for flag in ("json", "plot"):
+        problem = options[flag] is not None and _problem_with(options[flag])
+        if problem:
+            parser.error(f"--{flag}: {problem}")
+    plot = options["plot"]
+    if plot and Path(plot).suffix not in (".png", ".pdf", ".svg"):
+        parser.error(f"--plot: expected a file ending in .png, .pdf or .svg, got {plot}")
+    try:
         MnistDataGenerator(options["batch_size"])
+        check_settings(options)
     except ValueError as error:
         # The flag of n_workers has the article's name.
         text = str(error).split(": ", 1)[1].replace("n_workers", "n_thread")
         parser.error(text.rstrip("."))
-    if options["log_dir"] and Path(options["log_dir"]).is_file():
-        parser.error(f"--log_dir: expected a folder, got the file {options['log_dir']}")
-    try:
-        history = train(**options)
-    except MemoryError as error:
-        parser.error(str(error))
-    except WorkerError as error:
-        print(f"{parser.prog}: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print(f"\n{parser.prog}: interrupted; the workers are stopped.", file=sys.stderr)
-        return 130
-    history.settings["command"] = " ".join(
-        ["python -m labkit.train", *(sys.argv[1:] if arguments is None else arguments)]
-    )
+    return options
+
+
+def _keep(history: History, json_file: str | None, plot_file: str | None) -> None:
     if json_file:
         history.save(json_file)
     if plot_file:
         from labkit.instruments import plots
 
-        plots.save(plots.epochs(history), plot_file)
-    return 0
+        begun = f"Ended early, in epoch {len(history.epochs)} of {history.settings['epochs']}"
+        plots.save(plots.epochs(history, None if history.complete else begun), plot_file)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command line. Returns 0; wrong values exit with 2, a failed worker returns 1 and Ctrl-C
+    130, both after what was measured until then has been written."""
+    parser = _parser()
+    options = _checked(parser, arguments)
+    files = options.pop("json"), options.pop("plot")
+    code, told = 0, ""
+    history: History | None = None
+    try:
+        history = train(**options)
+    except MemoryError as error:
+        parser.error(str(error))
+    except (WorkerError, KeyboardInterrupt) as error:
+        history = getattr(error, "history", None)
+        stopped = isinstance(error, KeyboardInterrupt)
+        code, told = (130, "interrupted; the workers are stopped.") if stopped else (1, str(error))
+    if history is not None and history.epochs:  # else the figures of an earlier run stay
+        words = sys.argv[1:] if arguments is None else arguments
+        history.settings["command"] = " ".join(["python -m labkit.train", *words])
+        try:
+            _keep(history, *files)
+        except OSError as error:
+            code, told = code or 1, f"{told} What was measured could not be written: {error}"
+        else:
+            told += f" What was measured until then is in {files[0]}." * bool(code and files[0])
+    if told:
+        print(f"{parser.prog}: {told.strip()}", file=sys.stderr)
+    return code

@@ -4,18 +4,19 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
 from labkit import callable_module, workloads
-from labkit.checks import expect, is_integer, is_number
+from labkit.checks import expect, is_folder_to_write, is_integer, is_number
 from labkit.data import MnistDataGenerator
-from labkit.engine import KINDS
+from labkit.engine import KINDS, interrupts
 from labkit.engine.options import queue_sizes
 from labkit.instruments.history import Epoch, History
-from labkit.instruments.progress import print_epoch, step_bar, summary_of, summary_writers
+from labkit.instruments.progress import Progress, summary_of, summary_writers
 from labkit.instruments.step_timer import StepTimer
 from labkit.machine import describe_machine, fast_cpu
 
@@ -26,7 +27,7 @@ _VALID_BATCH = 500
 
 def train(
     pipeline: str = "queue",
-    n_workers: int = 1,
+    n_workers: int | Literal["auto"] = 1,
     epochs: int = 10,
     steps: int = 1875,
     batch_size: int = 32,
@@ -49,7 +50,7 @@ def train(
     Args:
         pipeline: "feed_dict", the serial loop; "queue", through a `QueueRunner`; or "constant",
             one batch over and over: the compute-only rate, which no pipeline can beat.
-        n_workers: workers of the queue (threads, or processes if workers="process").
+        n_workers: workers of the queue (threads, or processes if workers="process"), or "auto".
         epochs, steps: of `steps` steps each. Defaults 10 and 1875 (60,000 samples of 32).
         batch_size: samples per step. Default 32.
         delay: seconds that the default iterator sleeps per batch, for heavy work. Default 0.05.
@@ -62,7 +63,8 @@ def train(
         seed: of the initial weights, the order of samples and the queue's shuffling.
         log_dir: write TensorBoard summaries there, in `train` and `valid`.
         validate: run the real test set after each epoch.
-        progress: show a bar and the lines `train/acc …` and `valid/acc …`.
+        progress: show what is going to run, a bar, and after each epoch its time, its share of
+            waiting, and the lines `train/acc …` and `valid/acc …`.
         pools: sizes of the session's intra-op and inter-op thread pools; 0 lets TensorFlow choose.
         on_start: called once the workers run, with the QueueRunner (None without one) and the
             StepTimer, to watch them.
@@ -73,34 +75,39 @@ def train(
 
     Raises:
         ValueError: an argument is out of range.
-        WorkerError: a worker failed; see `QueueRunner`.
+        WorkerError: a worker failed; see `QueueRunner`. This and a KeyboardInterrupt have what was
+            measured until then as their attribute `history`.
     """
     n_workers = n_workers if n_threads is None else n_threads
     left_out = ("iterator", "on_start", "n_threads")
     settings = {k: _plain(v) for k, v in locals().items() if k not in left_out}
     check_settings(settings)
-    fast_cpu()
-    from labkit.quiet import tf
-
     data = MnistDataGenerator(batch_size, workloads.sleep(delay) if delay else None, seed)
     factory = iterator or data.passes_iterator
     settings["iterator"] = getattr(factory, "__qualname__", repr(factory))
-    history = History(settings, describe_machine())
-    with tf.Graph().as_default(), ExitStack() as stack:
-        tf.compat.v1.set_random_seed(seed)
-        run = _Run(settings, factory, stack)
-        run.start(on_start, stack)
-        for index in range(epochs):
-            epoch = run.train_epoch(steps, f"epoch {index + 1}/{epochs}", progress)
-            if epoch is None:
-                break
-            history.epochs.append(epoch)
-            history.steps = list(zip(run.timer.waits, run.timer.computes, strict=True))
-            history.start_seconds = run.start_seconds
-            if validate:
-                run.validate(data, epoch)
-            if progress:
-                print_epoch(epoch)
+    history = History(settings, describe_machine(), complete=False)
+    shown = Progress(history, KINDS[workers].plural)
+    try:
+        fast_cpu()
+        with interrupts.held_back():  # TensorFlow half imported fails by other names, for ever
+            from labkit.quiet import tf
+
+        with tf.Graph().as_default(), ExitStack() as stack:
+            tf.compat.v1.set_random_seed(seed)
+            run = _Run(settings, factory, stack)
+            run.start(on_start, stack)
+            for done in range(epochs):
+                with shown.epoch() as show:
+                    run.train_epoch(history, show)
+                if len(history.epochs) == done:
+                    break  # the data had ended before
+                if validate:
+                    run.validate(data, history.epochs[-1])
+                    shown.validated()
+    except BaseException as error:
+        error.history = history  # type: ignore[attr-defined]
+        raise
+    history.complete = True
     return history
 
 
@@ -165,25 +172,29 @@ class _Run:
         if self.pipeline == "feed_dict":
             self.batches = iter(self.factory())
 
-    def train_epoch(self, steps: int, label: str, progress: bool) -> Epoch | None:
-        """As many steps as the data allow, up to `steps`; None where they had ended before."""
+    def train_epoch(self, history: History, show: Callable[[float, float], None]) -> None:
+        """As many steps as the data allow, up to a whole epoch, which it adds to the history."""
         self.timer.waits.clear()
         self.timer.computes.clear()
         scores: list[tuple[float, float]] = []
-        began = time.perf_counter()
-        with step_bar(steps, label, progress) as show:
-            for step in range(steps):
+        began = ended = time.perf_counter()
+        try:
+            for step in range(history.settings["steps"]):
                 got = self._step(with_summary=bool(self.writers) and step % _SUMMARY_EVERY == 0)
                 if got is None:
                     break
                 scores.append((float(got["accuracy"]), float(got["loss"])))
+                ended = time.perf_counter()
                 show(*scores[-1])
-        seconds = time.perf_counter() - began
-        if not scores:
-            return None
-        accuracy, loss = (float(mean) for mean in np.mean(scores, axis=0))
-        waiting, computing = sum(self.timer.waits), sum(self.timer.computes)
-        return Epoch(seconds, len(scores), waiting, computing, accuracy, loss)
+        finally:  # what was measured before Ctrl-C or a failure is kept
+            if scores:
+                pairs = zip(self.timer.waits, self.timer.computes, strict=False)
+                history.steps = list(islice(pairs, len(scores)))
+                history.start_seconds = self.start_seconds
+                accuracy, loss = (float(mean) for mean in np.mean(scores, axis=0))
+                waiting, computing = (sum(part) for part in zip(*history.steps, strict=True))
+                row = (ended - began, len(scores), waiting, computing, accuracy, loss)
+                history.epochs.append(Epoch(*row))
 
     def _step(self, with_summary: bool) -> dict[str, Any] | None:
         from labkit.quiet import tf
@@ -235,7 +246,9 @@ def check_settings(settings: dict[str, Any]) -> None:
     def check(name: str, fits: bool, what: str) -> None:
         expect(fits, f"train: {name} must be {what}", settings[name])
 
-    for name in ("n_workers", "epochs", "steps", "batch_size"):
+    several = settings["n_workers"] == "auto" or is_integer(settings["n_workers"], 1)
+    check("n_workers", several, "'auto' or an integer >= 1")
+    for name in ("epochs", "steps", "batch_size"):
         check(name, is_integer(settings[name], 1), "an integer >= 1")
     check("pipeline", settings["pipeline"] in PIPELINES, f"one of {PIPELINES}")
     check("workers", settings["workers"] in KINDS, " or ".join(map(repr, KINDS)))
@@ -247,6 +260,8 @@ def check_settings(settings: dict[str, Any]) -> None:
     least = settings["min_after_dequeue"] + settings["batch_size"]
     enough = settings["min_after_dequeue"] >= 0 and settings["capacity"] >= least
     check("capacity", enough, f"at least min_after_dequeue + batch_size = {least}")
+    folder = settings["log_dir"]  # made here, so the last of the checks
+    check("log_dir", not folder or is_folder_to_write(folder), "a folder that can be written to")
 
 
 callable_module(train)

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import re
 import subprocess
 import sys
@@ -10,9 +11,11 @@ from itertools import islice
 import numpy as np
 import pytest
 
+import labkit
 from labkit import MnistDataGenerator, WorkerError
 from labkit.cli import main
-from labkit.train import Epoch, History, train
+from labkit.instruments.progress import Forecast
+from labkit.train import Epoch, History, _Run, check_settings, train
 
 # A queue that fills in a few batches, so that a run takes a second.
 QUICK = {
@@ -159,6 +162,8 @@ def test_on_start_gets_the_running_runner_and_the_timer():
         ({"pipeline": "tfrecord"}, "pipeline.*tfrecord"),
         ({"workers": "actor"}, "workers.*actor"),
         ({"n_workers": 0}, "n_workers.*0"),
+        ({"n_workers": "many"}, "n_workers.*'auto'.*many"),
+        ({"log_dir": __file__}, "log_dir.*folder.*test_train"),
         ({"n_threads": 0}, "n_workers.*0"),
         ({"epochs": 0}, "epochs.*0"),
         ({"steps": 1.5}, r"steps.*1\.5"),
@@ -183,6 +188,10 @@ def test_a_history_comes_back_as_it_was(history, tmp_path):
     history.save(tmp_path / "run.json")
     assert History.load(tmp_path / "run.json") == history
     assert History.load(str(tmp_path / "run.json")).epochs[0].steps_per_second == 5.0
+    data = json.loads((tmp_path / "run.json").read_text())
+    del data["complete"]  # a file of before there was this
+    (tmp_path / "old.json").write_text(json.dumps(data))
+    assert History.load(tmp_path / "old.json") == history
 
 
 def test_the_history_of_a_real_run_comes_back_as_it_was(tmp_path):
@@ -258,16 +267,60 @@ def test_log_dir_keeps_training_and_validation_apart(tmp_path):
 # -- the command ---------------------------------------------------------------------------------
 
 
-def test_it_prints_the_articles_lines_after_each_epoch(capsys):
+def test_it_prints_its_plan_and_after_each_epoch_its_time_and_the_articles_lines(capsys):
     assert main(["--n_thread", "2", *FLAGS]) == 0
     out, err = capsys.readouterr()
     number = r"\d+\.\d+"
-    lines = [rf"{part}/acc {number}, {part}/loss {number}" for part in ("train", "valid")] * 2
-    shown = [line for line in out.splitlines() if "/acc" in line]
-    assert len(shown) == 4
-    assert all(re.fullmatch(want, got) for want, got in zip(lines, shown, strict=True))
+    lines = ["pipeline queue, 2 threads, 2 epochs of 3 steps of 32 samples"]
+    for epoch in (1, 2):
+        spent = rf"{number} s, {number} steps/s, \d+% of it waiting for data"
+        lines += [rf"epoch {epoch}/2: {spent}"]
+        lines += [rf"{part}/acc {number}, {part}/loss {number}" for part in ("train", "valid")]
+    shown = out.splitlines()
+    assert len(shown) == len(lines)
+    assert all(re.fullmatch(want, got) for want, got in zip(lines, shown, strict=True)), out
     # The bar, on stderr where it does not get into a pipe.
     assert "train_acc=" in err and "train_loss=" in err and "epoch 2/2" in err
+
+
+def test_the_number_of_workers_may_be_auto(capsys, tmp_path):
+    assert main(["--n_thread", "auto", *FLAGS, "--json", str(tmp_path / "run.json")]) == 0
+    assert capsys.readouterr().out.startswith("pipeline queue, as many threads as it takes, 2 ep")
+    assert History.load(tmp_path / "run.json").settings["n_workers"] == "auto"
+
+
+PLAN = {"pipeline": "queue", "n_workers": 4, "epochs": 10, "steps": 1875, "batch_size": 32}
+PLAN |= {"capacity": 2000, "min_after_dequeue": 1000, "validate": False}
+
+
+@pytest.mark.parametrize(
+    ("changed", "said_after", "said"),
+    [
+        # 96 batches may lie ready, which come at 1024 steps/s; then 16 steps/s for 2 s.
+        ({}, 96 + 32, "about 19 min more at 16.0 steps/s (as in steps 97 to 128)"),
+        ({"n_workers": 16}, 96 + 64, "about 19 min more at 16.0 steps/s (as in steps 97 to 160)"),
+        ({"n_workers": "auto"}, None, None),
+        (
+            {"pipeline": "feed_dict", "epochs": 1, "validate": True},
+            33,
+            "steps 2 to 33), and the time of",
+        ),
+        ({"pipeline": "constant", "steps": 10**5}, 33, "about 17 h more at 16.0 steps/s"),
+    ],
+)
+def test_the_expected_time_is_that_of_steps_which_the_workers_had_not_ready(
+    changed, said_after, said
+):
+    forecast = Forecast({**PLAN, **changed})
+    now, told = 0.0, {}
+    for step in range(1, 500):
+        ready = step <= 96 and changed.get("pipeline", "queue") == "queue"
+        now += 2**-10 if ready else 2**-4
+        if text := forecast.after_step(now):
+            told[step] = text
+    assert len(told) == (said is not None)
+    for step, text in told.items():
+        assert step == said_after and said in text
 
 
 @pytest.mark.parametrize("pipeline", ["feed_dict", "constant"])
@@ -281,14 +334,60 @@ def test_json_and_plot_are_written(tmp_path):
     flags = [*FLAGS, "--json", str(json_file), "--plot", str(plot_file)]
     assert main(flags) == 0
     result = History.load(json_file)
-    assert len(result.epochs) == 2 and result.settings["n_workers"] == 1
+    assert len(result.epochs) == 2 and result.settings["n_workers"] == 1 and result.complete
     assert result.settings["command"].startswith("python -m labkit.train --steps 3")
     assert plot_file.read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.parametrize(
+    ("stops", "code", "said"),
+    [
+        (KeyboardInterrupt(), 130, "interrupted; the workers are stopped."),
+        (WorkerError("worker 0 fell."), 1, "worker 0 fell."),
+    ],
+    ids=["Ctrl-C", "failure"],
+)
+@pytest.mark.parametrize("steps", [0, 2, 5])
+def test_what_was_measured_before_the_end_is_shown_and_kept(
+    stops, code, said, steps, capsys, tmp_path, monkeypatch
+):
+    step, left = _Run._step, iter(range(steps))
+
+    def step_or_stop(self, **options):
+        if next(left, None) is None:
+            raise stops
+        return step(self, **options)
+
+    monkeypatch.setattr(_Run, "_step", step_or_stop)
+    json_file, plot_file = tmp_path / "run.json", tmp_path / "run.png"
+    json_file.write_text("of an earlier run")
+    assert main([*FLAGS, "--json", str(json_file), "--plot", str(plot_file)]) == code
+    out, err = capsys.readouterr()
+    kept = f" What was measured until then is in {json_file}." if steps else ""
+    assert err.endswith(f"python -m labkit.train: {said}{kept}\n")
+    if not steps:
+        assert json_file.read_text() == "of an earlier run" and not plot_file.exists()
+        return
+    result = History.load(json_file)
+    assert not result.complete and json.loads(json_file.read_text())["complete"] is False
+    assert [epoch.steps for epoch in result.epochs] == ([2] if steps == 2 else [3, 2])
+    assert len(result.steps) == 2 and plot_file.exists()
+    assert f"epoch {len(result.epochs)}/2, 2 of 3 steps: " in out
+
+
+def test_the_disk_that_is_full_at_the_end_is_told_in_one_line(capsys, tmp_path, monkeypatch):
+    def full(self, path):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(History, "save", full)
+    assert main([*FLAGS, "--pipeline", "constant", "--json", str(tmp_path / "run.json")]) == 1
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith("python -m labkit.train: What was measured could not be written: ")
+
+
 ALL_FLAGS = [
     "n_thread", "pipeline", "workers", "epochs", "steps", "batch_size", "delay", "learning_rate",
-    "capacity", "min_after_dequeue", "seed", "log_dir", "json", "plot",
+    "capacity", "min_after_dequeue", "seed", "log_dir", "json", "plot", "version",
 ]  # fmt: skip
 
 
@@ -303,11 +402,51 @@ def test_help_explains_every_flag_with_its_default(capsys):
     assert set(ALL_FLAGS) == set(parts)
     for flag, explained in parts.items():
         # Every number has its unit or says that it has none; every path says that it is one.
-        unit = r"count|seconds|samples|integer|no unit|path|kind of worker|how batches"
-        assert re.search(unit, explained), flag
-        if flag not in ("log_dir", "json", "plot"):
-            assert "(default: " in explained, flag
+        unit = r"COUNT|SECONDS|SAMPLES|INTEGER|no unit|DIR|FILE|\{.*,.*\}"
+        assert flag == "version" or re.search(unit, explained), flag
+        assert ("(default: " in explained) == (flag not in ("log_dir", "json", "plot", "version"))
+        assert "None" not in explained
     assert "(default: 0.05)" in parts["delay"] and "(default: 1875)" in parts["steps"]
+    assert text.index("the model:\n") < text.index("training:\n") < text.index("is kept:\n")
+
+
+def test_the_version_is_the_packages(capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(["--version"])
+    assert ended.value.code == 0 and capsys.readouterr().out == f"labkit {labkit.__version__}\n"
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--n_threads", "4"], "unknown flag --n_threads, did you mean --n_thread?"),
+        (["--batch-size=8"], "unknown flag --batch-size, did you mean --batch_size?"),
+        (["--json", "x" * 300], "expected a file that can be written, got xxx"),
+        (["--zzz"], "unknown flag --zzz ("),
+        (["4"], "expected flags only, got '4'"),
+        (["--n_thread", "many"], "expected a count or auto, got 'many'"),
+        (["--n_workers", "0"], "n_thread must be 'auto' or an integer >= 1, got 0"),
+        (["--log_dir", __file__ + "/log"], "log_dir must be a folder that can be written to, got"),
+    ],
+)
+def test_a_wrong_flag_is_told_with_the_right_one(flags, said, capsys):
+    with pytest.raises(SystemExit):
+        main(flags)
+    assert said in capsys.readouterr().err
+
+
+def test_a_pipe_is_no_file_to_try(capsys, tmp_path):
+    os.mkfifo(tmp_path / "pipe")  # to open it would wait for a reader
+    with pytest.raises(SystemExit):
+        main(["--json", str(tmp_path / "pipe"), "--epochs", "0"])
+    assert "epochs must be" in capsys.readouterr().err
+
+
+def test_large_batches_need_no_sizes_of_the_queue():
+    settings = {**PLAN, "workers": "thread", "delay": 0.0, "learning_rate": 0.1, "seed": 0}
+    settings |= {"batch_size": 1024, "capacity": None, "min_after_dequeue": None, "log_dir": None}
+    check_settings(settings)
+    assert settings["capacity"] >= settings["min_after_dequeue"] + 1024
 
 
 @pytest.mark.parametrize(
@@ -334,6 +473,7 @@ def test_help_explains_every_flag_with_its_default(capsys):
         ["--plot", "x.docx"],
         ["--plot", "folder.png"],
         ["--log_dir", "a_file"],
+        ["--log_dir", "a_file/log"],
         ["--no_such_flag"],
     ],
     ids=" ".join,
@@ -346,7 +486,12 @@ def test_a_wrong_value_gets_one_line_and_exit_code_2(flags, capsys, tmp_path, mo
         main([*FLAGS[:6], *flags])
     assert ended.value.code == 2
     out, err = capsys.readouterr()
-    assert out == "" and err.count("\n") == 1 and err.endswith("\n")
+    # That so much memory is not there is found after the plan is told.
+    assert (
+        out.count("\n") == (flags[-1] == "100000000000000")
+        and err.count("\n") == 1
+        and err.endswith("\n")
+    )
     assert err.startswith("python -m labkit.train: ")
     assert flags[0].lstrip("-") in err
 
@@ -379,4 +524,5 @@ def test_the_screen_shows_the_bar_and_nothing_of_tensorflows_start():
     assert done.returncode == 0, done.stderr
     shown = [line for line in re.split(r"[\r\n]+", done.stderr) if line.strip()]
     assert shown and all(line.startswith("epoch 1/1") for line in shown), done.stderr
-    assert [line.split()[0] for line in done.stdout.splitlines()] == ["train/acc", "valid/acc"]
+    first = [line.split()[0] for line in done.stdout.splitlines()]
+    assert first == ["pipeline", "epoch", "train/acc", "valid/acc"]

@@ -84,6 +84,17 @@ def test_memory_sees_an_array_that_is_held():
     assert usage.summary()["memory"] - usage.memory[0] > 0.8 * array.nbytes
 
 
+@pytest.mark.parametrize("several", [False, True])
+def test_the_figure_takes_one_monitor_or_some_by_their_labels(several):
+    from labkit import plots
+
+    with UsageMonitor(probes={"depth": lambda: 3}) as usage:
+        pass
+    figure = plots.usage({"a": usage, "b": usage} if several else usage)
+    assert len(figure.axes) == (6 if several else 3)
+    assert [ax.get_ylabel() for ax in figure.axes][:: 2 if several else 1][2] == "depth"
+
+
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="no affinity masks here")
 def test_cpu_counts_only_the_cores_that_the_process_may_use():
     script = """

@@ -35,6 +35,7 @@ class History:
         start_seconds: from the start of the workers to the end of the first step, compiling
             included.
         steps: (waiting, computing) seconds of each step of the last epoch, for timelines.
+        complete: False if the run was interrupted or failed; then the last epoch may be a part.
     """
 
     settings: dict[str, Any]
@@ -42,6 +43,7 @@ class History:
     epochs: list[Epoch] = field(default_factory=list)
     start_seconds: float = 0.0
     steps: list[tuple[float, float]] = field(default_factory=list)
+    complete: bool = True
 
     def save(self, path: str | Path) -> None:
         """Writes JSON."""

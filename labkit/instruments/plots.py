@@ -241,14 +241,14 @@ def series(
     return figure
 
 
-def usage(
-    monitors: Mapping[str, Any], title: str, machine: Mapping[str, Any] | None = None
-) -> Figure:
+def usage(monitors: Any, title: str = "", machine: Mapping[str, Any] | None = None) -> Figure:
     """What the machine did during each run, side by side: CPU, each GPU, and the probes.
 
     Args:
-        monitors: label to a `UsageMonitor` that has finished. Without a GPU its panel says so.
+        monitors: a `UsageMonitor` that has finished, or a mapping from label to one for runs side
+            by side. Without a GPU its panel says so.
     """
+    monitors = monitors if isinstance(monitors, Mapping) else {"": monitors}
     probes = list(next(iter(monitors.values())).probes)
     rows = 2 + len(probes)
     figure, axes = _figure(
