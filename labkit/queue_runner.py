@@ -47,7 +47,8 @@ class QueueRunner:
             receives the worker's number (from 0), their count, and the number of the pass (from
             0). With them workers share one data set out among themselves; and whatever draws
             random numbers seeds with them, `np.random.default_rng([seed, worker, epoch])`: one
-            generator captured by the factory draws the same numbers in every process.
+            generator captured by the factory draws the same numbers in every process. An object
+            with `__len__` and `__getitem__` in place of an iterator is walked to its length.
         batch_size: samples that the model takes per step; free of the iterator's own chunk size.
         n_workers: how many workers, or "auto": grows and shrinks while it runs, up to
             `max_workers`, and prints each decision.

@@ -2,6 +2,8 @@
 
 import contextlib
 import inspect
+import itertools
+import operator
 import sys
 import time
 import traceback
@@ -11,6 +13,15 @@ from typing import Any, NamedTuple
 from labkit.engine.batches import ALONE, Arrays, BatchError, Spec, short
 
 _KNOWN = {"worker", "n_workers", "epoch"}
+_MOST_EMPTY = 10_000  # in a row
+
+
+class _ByIndex:
+    def __getitem__(self, index: int) -> Any: ...
+
+
+# What Python makes of an object that has `__getitem__` but no `__iter__`.
+_IteratorByIndex = type(iter(_ByIndex()))
 
 
 class IteratorFactory:
@@ -55,11 +66,23 @@ class IteratorFactory:
                 "iter(np.array_split(array, number_of_batches))."
             )
         try:
-            return iter(made)
+            iterator = iter(made)
         except TypeError:
             raise TypeError(
                 f"the iterator factory returned {short(made)}, expected an iterator of batches."
             ) from None
+        # It ends only by an IndexError, which an object that slices its arrays never raises.
+        length = operator.length_hint(iterator, -1) if type(iterator) is _IteratorByIndex else -1
+        return iterator if length < 0 else itertools.islice(iterator, length)
+
+    def where(self) -> str:
+        """The line at which the factory is defined, as a traceback shows it; "" if unknown."""
+        function = inspect.unwrap(getattr(self.factory, "func", self.factory))
+        code = getattr(function, "__code__", None)
+        if code is None:
+            return ""
+        frame = traceback.FrameSummary(code.co_filename, code.co_firstlineno, code.co_name)
+        return "Its factory:\n" + "".join(traceback.format_list([frame]))
 
 
 def _parts(factory: Any) -> tuple[Any, ...]:
@@ -89,14 +112,23 @@ def produce(
             could write into again is copied.
     """
     iterator = factory(worker, epoch)
+    empty = 0
     began = time.perf_counter()
     for batch in iterator:
         alone = sys.getrefcount(batch) <= ALONE
         try:
             spec = spec or Spec.of(batch)
             arrays = spec.take(batch, alone) if copies else spec.flatten(batch)
+            empty = 0 if len(arrays[0]) else empty + 1
+            if empty == _MOST_EMPTY:
+                raise BatchError(
+                    f"delivered {empty:,} empty batches in a row, expected samples, or the end. "
+                    "Let the iterator end where its data do: of an object with an index, return "
+                    "(data[i] for i in range(number_of_batches)). If it leaves samples out, let "
+                    "it yield no batch in which none is left."
+                )
         except BatchError as error:
-            error.add_note(_yielded_at(iterator))
+            error.add_note(_yielded_at(iterator) or factory.where())
             raise
         yield Made(spec, arrays, time.perf_counter() - began)
         began = time.perf_counter()
