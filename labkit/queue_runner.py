@@ -173,7 +173,7 @@ class QueueRunner:
         Leaving the `with` block stops everything, and raises the worker's error if there was one.
 
         Args:
-            sess: a session of the graph in which `get_inputs` was called.
+            sess: a session of the graph in which `get_inputs` was called, or a MonitoredSession.
             n_threads: how many workers, in place of the constructor's `n_workers`.
         """
         if self._graph is None:

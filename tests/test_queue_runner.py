@@ -769,6 +769,43 @@ def test_calls_in_the_wrong_order_say_what_to_do():
             runner.start(sess)
 
 
+@pytest.mark.parametrize("kind", ["MonitoredSession", "SingularMonitoredSession"])
+def test_a_monitored_session_is_taken_for_the_session_that_it_wraps(kind):
+    with tf.Graph().as_default():
+        runner = QueueRunner(numbers(40, 4), 8, 2, **SMALL)
+        index, _ = runner.get_inputs()
+        seen = []
+        with getattr(v1.train, kind)() as sess, runner.start(sess):
+            while not sess.should_stop():  # it takes the end of the data for its own
+                seen += sess.run(index).tolist()
+    assert sorted(seen) == list(range(40))
+
+
+def test_what_is_no_session_is_refused_with_what_is_one():
+    with tf.Graph().as_default():
+        runner = QueueRunner(endless(), 8, **SMALL)
+        runner.get_inputs()
+        with pytest.raises(TypeError, match=r"sess must be an open session, got int 3.*Monitored"):
+            runner.start(3)
+        closed = v1.train.SingularMonitoredSession()
+        closed.close()
+        with pytest.raises(TypeError, match="sess must be an open session, got NoneType"):
+            runner.start(closed)
+
+
+def test_a_dataset_works_in_the_debug_mode_of_tf_data():
+    from tensorflow.python.data.ops import debug_mode
+
+    tf.data.experimental.enable_debug_mode()
+    try:
+        with QueueRunner(numbers(40, 4), 8, 2, **SMALL) as runner:
+            data = runner.dataset().map(lambda index, pairs: index)
+            for _ in range(2):
+                assert sorted(int(i) for index in data for i in index) == list(range(40))
+    finally:
+        debug_mode.toggle_debug_mode(False)
+
+
 # -- dataset(): epochs and Keras -----------------------------------------------------------------
 
 
