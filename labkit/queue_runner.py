@@ -280,7 +280,7 @@ class QueueRunner:
             return None
         if options.samples is not None:
             return -(-options.samples // options.batch_size)
-        rows = 0 if self._feeder is None else self._feeder.firsts.rows
+        rows = 0 if self._feeder is None else self._feeder.heard.rows
         if isinstance(options.iterator, Sized) and rows and not options.batch_size % rows:
             return -(-len(options.iterator) * rows // options.batch_size)
         return None
@@ -297,7 +297,7 @@ class QueueRunner:
 
     @property
     def delivering(self) -> set[int]:
-        return set() if self._feeder is None else self._feeder.firsts.workers
+        return set() if self._feeder is None else self._feeder.heard.workers
 
     def depth(self) -> int:
         """Samples in the queue now; 0 when it is not running."""

@@ -1,6 +1,7 @@
 """audit: what it counts, and what it says of it, for iterators of known faults."""
 
 import sys
+import threading
 import time
 
 import cloudpickle
@@ -141,6 +142,24 @@ def test_audit_counts_what_workers_deliver_that_do_not_share_a_changing_data_set
     assert "4 times as many" in tagged.verdict and "content" not in tagged.verdict
     unknown = labkit.audit(noisy_and_not_shared)
     assert unknown.expected is None and "(worker, n_workers)" in unknown.verdict
+    assert "if each of them read the whole data set" in unknown.verdict
+
+
+def test_audit_does_not_blame_workers_that_take_turns_at_one_iterator():
+    turns = iter([(np.arange(8 * i, 8 * i + 8),) for i in range(5)])  # no two workers' parts equal
+    lock = threading.Lock()
+
+    def locked():
+        while True:
+            with lock:
+                batch = next(turns, None)
+            if batch is None:
+                return
+            yield batch
+
+    seen = labkit.audit(locked, n_workers=2)
+    assert (seen.delivered, seen.repeated) == (40, 0)
+    assert seen.verdict.startswith("No sample came twice") and "n_workers" not in seen.verdict
 
 
 def test_audit_does_not_reassure_by_content_alone():

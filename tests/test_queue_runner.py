@@ -454,6 +454,44 @@ def test_several_workers_on_one_finite_iterator_are_warned_about(consume):
     assert counts == dict.fromkeys(range(40), 3)
 
 
+def taking_turns(batches):
+    """A factory whose workers take their batches from one iterator."""
+    shared, lock = iter(batches), threading.Lock()
+
+    def factory():
+        while True:
+            with lock:
+                batch = next(shared, None)
+            if batch is None:
+                return
+            yield batch
+
+    return factory
+
+
+@pytest.mark.parametrize("samples", [None, 40])
+def test_workers_that_take_turns_at_one_iterator_are_not_blamed(consume, samples):
+    # An odd number of batches, so that their parts cannot be equal; or a size that is told.
+    index = np.arange(40).reshape(4 if samples else 5, -1)
+    runner = QueueRunner(taking_turns((part,) for part in index), 8, 2, samples=samples, **SMALL)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        batches = consume(runner)
+    assert sorted(i for (part,) in batches for i in part.tolist()) == list(range(40))
+
+
+@pytest.mark.parametrize("workers", ["thread", "process"])
+def test_of_equal_parts_only_what_is_known_is_said(workers):
+    def shuffled(worker):  # all of it in each worker, but in an order of its own
+        for index in np.random.default_rng(worker).permutation(40):
+            yield (np.array([index]),)
+
+    said = r"workers delivered 40 samples each\. If each of them read the whole data set, it came 2"
+    with pytest.warns(RuntimeWarning, match=said) as record:
+        in_dataset(QueueRunner(shuffled, 8, 2, workers, **SMALL))
+    assert len(record) == 1 and "every sample" not in str(record[0].message)
+
+
 def test_a_share_for_each_worker_is_no_reason_to_warn(consume):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
