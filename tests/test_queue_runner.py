@@ -11,10 +11,12 @@ import time
 import types
 import warnings
 from collections import Counter
+from functools import partial
 
 import numpy as np
 import pytest
 
+import labkit
 from labkit import Component, MnistDataGenerator, QueueRunner, WorkerError
 from labkit.quiet import tf
 from tests.consumers import in_dataset, in_graph
@@ -372,6 +374,28 @@ def test_samples_instead_of_batches_are_named(consume):
 def test_an_iterator_that_ends_at_once_is_an_error(consume, spec):
     with pytest.raises(WorkerError, match="ended before its first batch"):
         consume(QueueRunner(lambda: iter(()), 4, spec=spec, **SMALL))
+
+
+def repeated(epoch=3, n_workers=4):
+    for _ in range(epoch):
+        yield (np.zeros(8),)
+
+
+def test_an_end_at_once_tells_which_parameters_labkit_has_filled_in(consume):
+    with pytest.raises(WorkerError, match=r"n_workers=2 \(default 4\), epoch=0 \(default 3\): if"):
+        consume(QueueRunner(repeated, 8, 2, **SMALL))
+    with pytest.raises(WorkerError, match="called it with epoch=0: if a name means something else"):
+        consume(QueueRunner(lambda epoch: iter(range(epoch)), 8, 2, **SMALL))
+    with pytest.raises(WorkerError) as caught:
+        labkit.audit(lambda epoch=2: iter(range(epoch)))
+    assert "called it with epoch=0 (default 2): if" in str(caught.value)
+    with pytest.raises(WorkerError) as caught:
+        consume(QueueRunner(lambda: iter(()), 8, **SMALL))
+    assert "called it with" not in str(caught.value)
+
+
+def test_a_parameter_that_the_user_has_bound_is_left_to_them(consume):
+    assert len(consume(QueueRunner(partial(repeated, epoch=2), 8, **SMALL))) == 2
 
 
 def test_one_exhausted_iterator_is_taken_for_what_it_is(consume):

@@ -185,7 +185,7 @@ class Feeder:
             if message is not None:
                 self._note_end(message)
                 if self.pool.active == self.pool.n_workers:
-                    raise _nothing_came(message.worker)
+                    raise self._nothing_came(message.worker)
                 self.pool.set_active(self.pool.active + 1)
 
     def _feed(self, queue: Queue, epoch: int) -> None:
@@ -282,7 +282,7 @@ class Feeder:
     def _finish(self) -> None:
         pool = self.pool
         if not self.samples and not self._lost:
-            raise _nothing_came(0)
+            raise self._nothing_came(0)
         if not pool.factory.shards and self.terms.samples != self.samples:
             self._warn_of_whole_passes()
         if self.terms.samples not in (None, self.samples) and not self._lost:
@@ -291,6 +291,15 @@ class Feeder:
                 f"{self.terms.samples} as given by samples=. Correct the number, or find out what "
                 "the iterator leaves out or repeats."
             )
+
+    def _nothing_came(self, worker: int) -> WorkerError:
+        error = WorkerError(
+            "QueueRunner: the iterator ended before its first batch, expected at least one. Check "
+            "that the factory returns a new iterator at each call, and that its data are found."
+            + self.pool.factory.told(worker, self.pool.epoch)
+        )
+        error.worker = worker
+        return error
 
     def _warn_of_whole_passes(self) -> None:
         """Workers that do not share, and deliver as much as each other, may all deliver it all."""
@@ -334,15 +343,6 @@ class _LostInterrupt:
                 "QueueRunner: ended by an interrupt from which the consumer did not learn, "
                 "since it waited for data, or TensorFlow dropped the KeyboardInterrupt."
             )
-
-
-def _nothing_came(worker: int) -> WorkerError:
-    error = WorkerError(
-        "QueueRunner: the iterator ended before its first batch, expected at least one. Check that "
-        "the factory returns a new iterator at each call, and that its data are found."
-    )
-    error.worker = worker
-    return error
 
 
 def _stop_all() -> None:

@@ -1,6 +1,7 @@
 """The one loop that walks an iterator, whatever runs it: a thread, a process."""
 
 import contextlib
+import functools
 import inspect
 import itertools
 import operator
@@ -40,10 +41,12 @@ class IteratorFactory:
                 f"got {short(factory)}. {cure}"
             )
         self.factory, self.n_workers = factory, n_workers
-        parameters: Mapping[str, inspect.Parameter] = {}
-        with contextlib.suppress(TypeError, ValueError):
-            parameters = inspect.signature(factory).parameters
-        self.names = set(parameters) & _KNOWN
+        # What labkit has wrapped itself is not what errors should speak of.
+        self.users = getattr(factory, "_labkit_wraps", factory)
+        parameters = _parameters(factory)
+        # What functools.partial has bound is the user's own choice.
+        bound = factory.keywords if isinstance(factory, functools.partial) else ()
+        self.names = (set(parameters) & _KNOWN).difference(bound)
         unknown = [name for name in parameters if name not in _KNOWN and _needed(parameters[name])]
         if unknown:
             raise TypeError(
@@ -56,9 +59,28 @@ class IteratorFactory:
     def shards(self) -> bool:
         return "n_workers" in self.names
 
-    def __call__(self, worker: int, epoch: int) -> Iterator[Any]:
+    def _filled(self, worker: int, epoch: int) -> dict[str, int]:
         known = {"worker": worker, "n_workers": self.n_workers, "epoch": epoch}
-        made: Any = self.factory(**{name: known[name] for name in self.names})
+        return {name: value for name, value in known.items() if name in self.names}
+
+    def told(self, worker: int, epoch: int) -> str:
+        """A sentence about the user's parameters that were filled in; "" if there are none."""
+        filled = []
+        parameters = _parameters(self.users)
+        for name, value in self._filled(worker, epoch).items():
+            if name in parameters:
+                default = parameters[name].default
+                instead = "" if default is inspect.Parameter.empty else f" (default {default!r})"
+                filled.append(f"{name}={value}{instead}")
+        if not filled:
+            return ""
+        return (
+            f" labkit called it with {', '.join(filled)}: if a name means something else to you "
+            "than the worker's number, their count or the number of the pass, rename it."
+        )
+
+    def __call__(self, worker: int, epoch: int) -> Iterator[Any]:
+        made: Any = self.factory(**self._filled(worker, epoch))
         if getattr(made, "ndim", None) is not None:
             raise TypeError(
                 f"the iterator factory returned an array of shape {tuple(made.shape)}, whose rows "
@@ -77,12 +99,18 @@ class IteratorFactory:
 
     def where(self) -> str:
         """The line at which the factory is defined, as a traceback shows it; "" if unknown."""
-        function = inspect.unwrap(getattr(self.factory, "func", self.factory))
+        function = inspect.unwrap(getattr(self.users, "func", self.users))
         code = getattr(function, "__code__", None)
         if code is None:
             return ""
         frame = traceback.FrameSummary(code.co_filename, code.co_firstlineno, code.co_name)
         return "Its factory:\n" + "".join(traceback.format_list([frame]))
+
+
+def _parameters(factory: Any) -> Mapping[str, inspect.Parameter]:
+    with contextlib.suppress(TypeError, ValueError):
+        return inspect.signature(factory).parameters
+    return {}
 
 
 def _parts(factory: Any) -> tuple[Any, ...]:

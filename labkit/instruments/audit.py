@@ -200,8 +200,7 @@ def _watch(
     def placed(worker: int, n_workers: int, epoch: int) -> _Placed:
         return _Placed(made(worker, epoch), worker)
 
-    # An error about what cannot be pickled begins with this name.
-    placed.__qualname__ = getattr(made.factory, "__qualname__", type(made.factory).__name__)
+    placed.__dict__["_labkit_wraps"] = made.factory
     n = made.n_workers
     most = _MOST_SAMPLES if samples is None else n * samples + batch_size
     share = ((samples or 0) - 1 - np.arange(n)) // n + 1  # as of range(samples)[worker::n]
