@@ -3,13 +3,14 @@
 import sys
 import threading
 import time
+from functools import partial
 
 import cloudpickle
 import numpy as np
 import pytest
 
 import labkit
-from labkit import MnistDataGenerator
+from labkit import MnistDataGenerator, WorkerError
 from labkit.engine import KINDS
 from labkit.instruments.audit import Audit
 
@@ -242,3 +243,35 @@ def test_a_wrong_argument_of_audit_is_named(argument, wrong):
 def test_audit_wants_an_integer_of_each_sample_from_tag(tag):
     with pytest.raises(ValueError, match="audit: tag must return an integer for each of the"):
         labkit.audit(noisy_and_shared, samples=100, tag=tag)
+
+
+def fails():
+    yield (np.zeros(8),)
+    raise OSError("no disk")
+
+
+def locked():
+    with LOCK:
+        yield (np.zeros(8),)
+
+
+LOCK = threading.Lock()
+WRONG = {
+    "no function": (TypeError, None, {}),
+    "another parameter": (TypeError, lambda worker_id: iter(()), {}),
+    "it fails": (WorkerError, fails, {}),
+    "it ends": (WorkerError, lambda: iter(()), {}),
+    "it cannot travel": (TypeError, locked, {"workers": "process"}),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+@pytest.mark.parametrize(
+    "call",
+    [labkit.audit, partial(labkit.diagnose, model=1e-3, seconds=0.5, progress=False)],
+    ids=["audit", "diagnose"],
+)
+def test_an_error_does_not_name_a_function_that_the_user_has_not_called(call, name):
+    kind, factory, options = WRONG[name]
+    with pytest.raises(kind, match=r"^(labkit|audit|diagnose): "):
+        call(factory, **options)

@@ -101,7 +101,7 @@ class Feeder:
         self._spec_known.wait()
         if self.pool.spec is None or self.error is not None:
             self.raise_if_failed()
-            raise WorkerError("QueueRunner: stopped before the first batch.")
+            raise WorkerError("labkit: stopped before the first batch.")
         return self.pool.spec
 
     def feed(self, queue: Queue, epoch: int) -> None:
@@ -287,14 +287,14 @@ class Feeder:
             self._warn_of_whole_passes()
         if self.terms.samples not in (None, self.samples) and not self._lost:
             raise WorkerError(
-                f"QueueRunner: a pass delivered {self.samples} samples, expected "
+                f"labkit: a pass delivered {self.samples} samples, expected "
                 f"{self.terms.samples} as given by samples=. Correct the number, or find out what "
                 "the iterator leaves out or repeats."
             )
 
     def _nothing_came(self, worker: int) -> WorkerError:
         error = WorkerError(
-            "QueueRunner: the iterator ended before its first batch, expected at least one. Check "
+            "labkit: the iterator ended before its first batch, expected at least one. Check "
             "that the factory returns a new iterator at each call, and that its data are found."
             + self.pool.factory.told(worker, self.pool.epoch)
         )
@@ -314,7 +314,7 @@ class Feeder:
             known = f". If each of them read the whole data set, it {times}"
             otherwise = " If they take turns at one iterator, tell its size, samples=."
         warnings.warn(
-            f"QueueRunner: {len(workers)} workers delivered {counts.pop()} samples each{known}. "
+            f"labkit: {len(workers)} workers delivered {counts.pop()} samples each{known}. "
             "Give the factory the parameters (worker, n_workers) and let it yield its share."
             f"{otherwise}",
             RuntimeWarning,
@@ -340,7 +340,7 @@ class _LostInterrupt:
         self.taken = taken if self.taken is None else min(taken, self.taken)
         if size < self.terms.least or taken > self.taken + 2 * self.terms.batch_size:
             raise WorkerError(
-                "QueueRunner: ended by an interrupt from which the consumer did not learn, "
+                "labkit: ended by an interrupt from which the consumer did not learn, "
                 "since it waited for data, or TensorFlow dropped the KeyboardInterrupt."
             )
 

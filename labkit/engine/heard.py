@@ -42,7 +42,7 @@ class Heard:
         if twin is not None and not self._told:
             self._told = True
             warnings.warn(
-                f"QueueRunner: the first batches of workers {twin} and {chunk.worker} are equal to "
+                f"labkit: the first batches of workers {twin} and {chunk.worker} are equal to "
                 "the last bit, so the workers seem to make the same samples. Give the factory a "
                 "parameter worker, and seed with it: np.random.default_rng([seed, worker]); or "
                 "the parameters (worker, n_workers), and let it yield its share.",

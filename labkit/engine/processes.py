@@ -43,7 +43,7 @@ class ProcessPool(Pool):
     def __init__(self, job: Job) -> None:
         super().__init__(job)
         if os.name != "posix":
-            raise OSError("QueueRunner: workers='process' needs Linux or macOS. Use threads here.")
+            raise OSError("labkit: workers='process' needs Linux or macOS. Use threads here.")
         self._code, self._buffers, self._sizes = pickle_factory(job.factory)
         self._selector = selectors.DefaultSelector()
         self._wake, self._woken = socket.socketpair()

@@ -31,13 +31,13 @@ class IteratorFactory:
     def __init__(self, factory: Callable[..., Iterable[Any]], n_workers: int) -> None:
         if not callable(factory):
             cure = (
-                "Pass the function itself, without calling it: QueueRunner(data.train_iterator), "
-                "or lambda: iter(your_object)."
+                "Pass the function itself, without calling it: data.train_iterator, or "
+                "lambda: iter(your_object)."
             )
             if any(hasattr(part, "shape") for part in (factory, *_parts(factory))):
                 cure = "Of arrays: lambda: zip(np.array_split(x, 100), np.array_split(y, 100))."
             raise TypeError(
-                f"QueueRunner: iterator must be a function that returns a new iterator, "
+                "labkit: iterator must be a function that returns a new iterator, "
                 f"got {short(factory)}. {cure}"
             )
         self.factory, self.n_workers = factory, n_workers
@@ -50,7 +50,7 @@ class IteratorFactory:
         unknown = [name for name in parameters if name not in _KNOWN and _needed(parameters[name])]
         if unknown:
             raise TypeError(
-                f"QueueRunner: the iterator factory needs {', '.join(unknown)}, expected no "
+                f"labkit: the iterator factory needs {', '.join(unknown)}, expected no "
                 "parameter without a default but worker, n_workers and epoch. Rename it if it is "
                 f"one of these, or bind it: functools.partial(factory, {unknown[0]}=...)."
             )
