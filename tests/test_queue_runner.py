@@ -277,7 +277,7 @@ def test_a_producers_exception_reaches_the_training_loop(consume, n):
     assert f"worker {n - 1}" in text and "KeyError" in text and "file 17 is gone" in text
     # The producer's own frames, and none of labkit's.
     assert "in faulty_producer" in text and "raise error" in text
-    assert "engine" not in text and "threading.py" not in text
+    assert "labkit/engine" not in text and "threading.py" not in text
 
 
 def test_raise_if_failed_serves_loops_without_with(consume):
