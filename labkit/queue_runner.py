@@ -47,7 +47,8 @@ class QueueRunner:
             receives the worker's number (from 0), their count, and the number of the pass (from
             0). With them workers share one data set out among themselves; and whatever draws
             random numbers seeds with them, `np.random.default_rng([seed, worker, epoch])`: one
-            generator captured by the factory draws the same numbers in every process.
+            generator captured by the factory draws the same numbers in every process. An object
+            with `__len__` and `__getitem__` in place of an iterator is walked to its length.
         batch_size: samples that the model takes per step; free of the iterator's own chunk size.
         n_workers: how many workers, or "auto": grows and shrinks while it runs, up to
             `max_workers`, and prints each decision.
@@ -172,7 +173,7 @@ class QueueRunner:
         Leaving the `with` block stops everything, and raises the worker's error if there was one.
 
         Args:
-            sess: a session of the graph in which `get_inputs` was called.
+            sess: a session of the graph in which `get_inputs` was called, or a MonitoredSession.
             n_threads: how many workers, in place of the constructor's `n_workers`.
         """
         if self._graph is None:
@@ -279,7 +280,7 @@ class QueueRunner:
             return None
         if options.samples is not None:
             return -(-options.samples // options.batch_size)
-        rows = 0 if self._feeder is None else self._feeder.firsts.rows
+        rows = 0 if self._feeder is None else self._feeder.heard.rows
         if isinstance(options.iterator, Sized) and rows and not options.batch_size % rows:
             return -(-len(options.iterator) * rows // options.batch_size)
         return None
@@ -296,7 +297,7 @@ class QueueRunner:
 
     @property
     def delivering(self) -> set[int]:
-        return set() if self._feeder is None else self._feeder.firsts.workers
+        return set() if self._feeder is None else self._feeder.heard.workers
 
     def depth(self) -> int:
         """Samples in the queue now; 0 when it is not running."""

@@ -1,14 +1,16 @@
 """audit: what it counts, and what it says of it, for iterators of known faults."""
 
 import sys
+import threading
 import time
+from functools import partial
 
 import cloudpickle
 import numpy as np
 import pytest
 
 import labkit
-from labkit import MnistDataGenerator
+from labkit import MnistDataGenerator, WorkerError
 from labkit.engine import KINDS
 from labkit.instruments.audit import Audit
 
@@ -141,6 +143,24 @@ def test_audit_counts_what_workers_deliver_that_do_not_share_a_changing_data_set
     assert "4 times as many" in tagged.verdict and "content" not in tagged.verdict
     unknown = labkit.audit(noisy_and_not_shared)
     assert unknown.expected is None and "(worker, n_workers)" in unknown.verdict
+    assert "if each of them read the whole data set" in unknown.verdict
+
+
+def test_audit_does_not_blame_workers_that_take_turns_at_one_iterator():
+    turns = iter([(np.arange(8 * i, 8 * i + 8),) for i in range(5)])  # no two workers' parts equal
+    lock = threading.Lock()
+
+    def locked():
+        while True:
+            with lock:
+                batch = next(turns, None)
+            if batch is None:
+                return
+            yield batch
+
+    seen = labkit.audit(locked, n_workers=2)
+    assert (seen.delivered, seen.repeated) == (40, 0)
+    assert seen.verdict.startswith("No sample came twice") and "n_workers" not in seen.verdict
 
 
 def test_audit_does_not_reassure_by_content_alone():
@@ -223,3 +243,35 @@ def test_a_wrong_argument_of_audit_is_named(argument, wrong):
 def test_audit_wants_an_integer_of_each_sample_from_tag(tag):
     with pytest.raises(ValueError, match="audit: tag must return an integer for each of the"):
         labkit.audit(noisy_and_shared, samples=100, tag=tag)
+
+
+def fails():
+    yield (np.zeros(8),)
+    raise OSError("no disk")
+
+
+def locked():
+    with LOCK:
+        yield (np.zeros(8),)
+
+
+LOCK = threading.Lock()
+WRONG = {
+    "no function": (TypeError, None, {}),
+    "another parameter": (TypeError, lambda worker_id: iter(()), {}),
+    "it fails": (WorkerError, fails, {}),
+    "it ends": (WorkerError, lambda: iter(()), {}),
+    "it cannot travel": (TypeError, locked, {"workers": "process"}),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+@pytest.mark.parametrize(
+    "call",
+    [labkit.audit, partial(labkit.diagnose, model=1e-3, seconds=0.5, progress=False)],
+    ids=["audit", "diagnose"],
+)
+def test_an_error_does_not_name_a_function_that_the_user_has_not_called(call, name):
+    kind, factory, options = WRONG[name]
+    with pytest.raises(kind, match=r"^(labkit|audit|diagnose): "):
+        call(factory, **options)

@@ -4,6 +4,7 @@ Its workers have no thread of their own: they run in the feeder's, one batch at 
 """
 
 import threading
+import time
 import warnings
 
 import numpy as np
@@ -16,6 +17,7 @@ from labkit.engine.pool import Pool
 from labkit.engine.produce import produce
 from labkit.engine.tracebacks import describe
 from labkit.quiet import tf
+from tests.consumers import in_dataset
 
 SMALL = {"capacity": 64, "min_after_dequeue": 8}
 
@@ -117,7 +119,7 @@ def test_an_exception_comes_with_its_cause_and_traceback(consume, workers):
     assert isinstance(caught.value.__cause__, LookupError)
     assert caught.value.__cause__.args == ("no such file",)
     assert 'raise LookupError("no such file")' in str(caught.value)
-    assert "engine" not in str(caught.value)
+    assert "labkit/engine" not in str(caught.value)
 
 
 def test_a_cause_that_cannot_travel_is_told_by_type_and_text(consume, workers):
@@ -167,6 +169,59 @@ def test_a_misfit_and_an_end_at_once_are_named(consume, workers):
         consume(QueueRunner(misfit, 4, 1, workers, **SMALL))
     with pytest.raises(WorkerError, match="ended before its first batch"):
         consume(QueueRunner(lambda: iter(()), 4, 2, workers, **SMALL))
+
+
+def test_an_object_with_an_index_is_walked_to_its_length(consume, workers):
+    class Slices:
+        def __init__(self):
+            self.index = np.arange(30)
+
+        def __len__(self):
+            return 4
+
+        def __getitem__(self, i):
+            return (self.index[8 * i : 8 * i + 8],)
+
+    for factory in (Slices, lambda: iter(Slices())):
+        batches = consume(QueueRunner(factory, 8, 1, workers, **SMALL))
+        assert sorted(i for (index,) in batches for i in index.tolist()) == list(range(30))
+
+
+def test_empty_batches_may_come_in_between_but_not_for_ever(workers):
+    class Endless:
+        def __getitem__(self, i):
+            return (np.arange(30)[8 * i : 8 * i + 8],)
+
+    def gaps():
+        for index in np.arange(30):
+            yield (np.arange(0),)
+            yield (np.array([index]),)
+
+    def endless():
+        yield from gaps()
+        while True:
+            yield (np.arange(0),)
+
+    batches = in_dataset(QueueRunner(gaps, 8, 1, workers, **SMALL))
+    assert sorted(i for (index,) in batches for i in index.tolist()) == list(range(30))
+    for factory, line in ((endless, "in endless"), (lambda: iter(Endless()), "in <lambda>")):
+        with pytest.raises(WorkerError, match=r"10,000 empty batches in a row") as caught:
+            in_dataset(QueueRunner(factory, 8, 1, workers, **SMALL))
+        assert line in str(caught.value) and "test_kinds.py" in str(caught.value)
+
+
+@pytest.mark.parametrize("text", [[], ["a"]])
+def test_who_makes_only_empty_batches_is_late(workers, text):
+    def slow():
+        while True:
+            time.sleep(0.02)
+            yield (np.array(text)[:0],)
+
+    with (
+        pytest.raises(WorkerError, match=r"delivered nothing for 0\.5 s"),
+        QueueRunner(slow, 8, 1, workers, timeout=0.5, **SMALL) as runner,
+    ):
+        list(runner.dataset())
 
 
 def test_continue_goes_on_without_the_lost_worker(workers):

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from labkit import MnistDataGenerator, QueueRunner
+from labkit import MnistDataGenerator, QueueRunner, WorkerError
 from labkit.engine import ring
 from labkit.engine.processes import ProcessPool
 from labkit.quiet import tf
@@ -252,3 +252,36 @@ def test_a_stop_from_elsewhere_waits_until_get_inputs_has_started_its_workers(mo
         runner.get_inputs()
     stopper.join()
     assert begun.is_set() and len(os.listdir("/proc/self/fd")) == descriptors
+
+
+def test_a_file_that_hides_one_of_pythons_modules_is_shown_by_the_workers_last_words(
+    consume, monkeypatch, tmp_path
+):
+    (tmp_path / "queue.py").write_text("raise OSError('not the queue you know')")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(WorkerError, match=r"(?s)exit status 1 before it .*rename it") as caught:
+        consume(QueueRunner(lambda: iter([(np.zeros(8),)]), 8, workers="process", **SMALL))
+    assert str(tmp_path / "queue.py") in str(caught.value)
+    assert "OSError: not the queue you know" in str(caught.value)
+
+
+def test_what_a_worker_writes_to_stderr_appears_from_its_first_moment_on(
+    monkeypatch, tmp_path, capfd
+):
+    (tmp_path / "bisect.py").write_text(
+        "import sys\nfrom _bisect import *\nbisect = bisect_right\n"
+        "print('early', file=sys.stderr)\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+
+    def factory():
+        import sys
+
+        print("late", file=sys.stderr)
+        yield (np.zeros(8),)
+
+    assert len(in_dataset(QueueRunner(factory, 8, workers="process", **SMALL))) == 1
+    assert [w for w in capfd.readouterr().err.split() if w in ("early", "late")] == [
+        "early",
+        "late",
+    ]

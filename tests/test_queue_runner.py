@@ -11,10 +11,12 @@ import time
 import types
 import warnings
 from collections import Counter
+from functools import partial
 
 import numpy as np
 import pytest
 
+import labkit
 from labkit import Component, MnistDataGenerator, QueueRunner, WorkerError
 from labkit.quiet import tf
 from tests.consumers import in_dataset, in_graph
@@ -275,7 +277,7 @@ def test_a_producers_exception_reaches_the_training_loop(consume, n):
     assert f"worker {n - 1}" in text and "KeyError" in text and "file 17 is gone" in text
     # The producer's own frames, and none of labkit's.
     assert "in faulty_producer" in text and "raise error" in text
-    assert "engine" not in text and "threading.py" not in text
+    assert "labkit/engine" not in text and "threading.py" not in text
 
 
 def test_raise_if_failed_serves_loops_without_with(consume):
@@ -374,6 +376,28 @@ def test_an_iterator_that_ends_at_once_is_an_error(consume, spec):
         consume(QueueRunner(lambda: iter(()), 4, spec=spec, **SMALL))
 
 
+def repeated(epoch=3, n_workers=4):
+    for _ in range(epoch):
+        yield (np.zeros(8),)
+
+
+def test_an_end_at_once_tells_which_parameters_labkit_has_filled_in(consume):
+    with pytest.raises(WorkerError, match=r"n_workers=2 \(default 4\), epoch=0 \(default 3\): if"):
+        consume(QueueRunner(repeated, 8, 2, **SMALL))
+    with pytest.raises(WorkerError, match="called it with epoch=0: if a name means something else"):
+        consume(QueueRunner(lambda epoch: iter(range(epoch)), 8, 2, **SMALL))
+    with pytest.raises(WorkerError) as caught:
+        labkit.audit(lambda epoch=2: iter(range(epoch)))
+    assert "called it with epoch=0 (default 2): if" in str(caught.value)
+    with pytest.raises(WorkerError) as caught:
+        consume(QueueRunner(lambda: iter(()), 8, **SMALL))
+    assert "called it with" not in str(caught.value)
+
+
+def test_a_parameter_that_the_user_has_bound_is_left_to_them(consume):
+    assert len(consume(QueueRunner(partial(repeated, epoch=2), 8, **SMALL))) == 2
+
+
 def test_one_exhausted_iterator_is_taken_for_what_it_is(consume):
     # The classic mistake: a factory that hands out the same iterator again.
     spent = iter(())
@@ -452,6 +476,44 @@ def test_several_workers_on_one_finite_iterator_are_warned_about(consume):
         batches = consume(QueueRunner(factory, 8, 3, **SMALL))
     counts = Counter(i for index, _ in batches for i in index.tolist())
     assert counts == dict.fromkeys(range(40), 3)
+
+
+def taking_turns(batches):
+    """A factory whose workers take their batches from one iterator."""
+    shared, lock = iter(batches), threading.Lock()
+
+    def factory():
+        while True:
+            with lock:
+                batch = next(shared, None)
+            if batch is None:
+                return
+            yield batch
+
+    return factory
+
+
+@pytest.mark.parametrize("samples", [None, 40])
+def test_workers_that_take_turns_at_one_iterator_are_not_blamed(consume, samples):
+    # An odd number of batches, so that their parts cannot be equal; or a size that is told.
+    index = np.arange(40).reshape(4 if samples else 5, -1)
+    runner = QueueRunner(taking_turns((part,) for part in index), 8, 2, samples=samples, **SMALL)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        batches = consume(runner)
+    assert sorted(i for (part,) in batches for i in part.tolist()) == list(range(40))
+
+
+@pytest.mark.parametrize("workers", ["thread", "process"])
+def test_of_equal_parts_only_what_is_known_is_said(workers):
+    def shuffled(worker):  # all of it in each worker, but in an order of its own
+        for index in np.random.default_rng(worker).permutation(40):
+            yield (np.array([index]),)
+
+    said = r"workers delivered 40 samples each\. If each of them read the whole data set, it came 2"
+    with pytest.warns(RuntimeWarning, match=said) as record:
+        in_dataset(QueueRunner(shuffled, 8, 2, workers, **SMALL))
+    assert len(record) == 1 and "every sample" not in str(record[0].message)
 
 
 def test_a_share_for_each_worker_is_no_reason_to_warn(consume):
@@ -767,6 +829,43 @@ def test_calls_in_the_wrong_order_say_what_to_do():
             runner.start(sess, n_threads=0)
         with runner.start(sess), pytest.raises(RuntimeError, match="running already"):
             runner.start(sess)
+
+
+@pytest.mark.parametrize("kind", ["MonitoredSession", "SingularMonitoredSession"])
+def test_a_monitored_session_is_taken_for_the_session_that_it_wraps(kind):
+    with tf.Graph().as_default():
+        runner = QueueRunner(numbers(40, 4), 8, 2, **SMALL)
+        index, _ = runner.get_inputs()
+        seen = []
+        with getattr(v1.train, kind)() as sess, runner.start(sess):
+            while not sess.should_stop():  # it takes the end of the data for its own
+                seen += sess.run(index).tolist()
+    assert sorted(seen) == list(range(40))
+
+
+def test_what_is_no_session_is_refused_with_what_is_one():
+    with tf.Graph().as_default():
+        runner = QueueRunner(endless(), 8, **SMALL)
+        runner.get_inputs()
+        with pytest.raises(TypeError, match=r"sess must be an open session, got int 3.*Monitored"):
+            runner.start(3)
+        closed = v1.train.SingularMonitoredSession()
+        closed.close()
+        with pytest.raises(TypeError, match="sess must be an open session, got NoneType"):
+            runner.start(closed)
+
+
+def test_a_dataset_works_in_the_debug_mode_of_tf_data():
+    from tensorflow.python.data.ops import debug_mode
+
+    tf.data.experimental.enable_debug_mode()
+    try:
+        with QueueRunner(numbers(40, 4), 8, 2, **SMALL) as runner:
+            data = runner.dataset().map(lambda index, pairs: index)
+            for _ in range(2):
+                assert sorted(int(i) for index in data for i in index) == list(range(40))
+    finally:
+        debug_mode.toggle_debug_mode(False)
 
 
 # -- dataset(): epochs and Keras -----------------------------------------------------------------

@@ -1,5 +1,6 @@
 """What a worker process runs: the iterator, and nothing that decides. No TensorFlow."""
 
+import contextlib
 import faulthandler
 import os
 import pickle
@@ -22,8 +23,9 @@ class _ParentGone(BaseException):
     """The parent hung up: the worker's only reason to end without a word."""
 
 
-def main(connection: int, ring: int, trace: int, buffers: int) -> None:
+def main(connection: int, ring: int, trace: int, buffers: int, stderr: int) -> None:
     """Runs one worker until the parent hangs up; the arguments are file descriptors."""
+    _set_stderr(stderr, trace)
     faulthandler.register(signal.SIGUSR1, trace, all_threads=False)
     threading.Thread(target=_leave_with_parent, args=(connection,), daemon=True).start()
     worker = _Child(Connection(connection), ring)
@@ -38,6 +40,17 @@ def main(connection: int, ring: int, trace: int, buffers: int) -> None:
                 worker.hear()
     except _ParentGone:
         pass
+
+
+def _set_stderr(stderr: int, kept: int) -> None:
+    """From now on the real one, which also gets what was kept so far."""
+    text = os.pread(kept, 1 << 20, 0)
+    os.dup2(stderr, 2)
+    os.close(stderr)
+    os.ftruncate(kept, 0)
+    os.lseek(kept, 0, os.SEEK_SET)
+    with contextlib.suppress(OSError):
+        os.write(2, text)
 
 
 def _leave_with_parent(descriptor: int) -> None:

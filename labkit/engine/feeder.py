@@ -8,13 +8,11 @@ for the step that is running.
 
 import atexit
 import copy
-import hashlib
 import queue as queues
 import threading
 import time
 import warnings
 import weakref
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -22,6 +20,7 @@ import numpy as np
 
 from labkit.engine.auto import Scaler
 from labkit.engine.batches import Spec
+from labkit.engine.heard import Heard
 from labkit.engine.interrupts import ear
 from labkit.engine.messages import Chunk, Ended, Lost, WorkerError
 from labkit.engine.pool import Pool
@@ -71,14 +70,14 @@ class Feeder:
     Attributes:
         error: what ended the run, or None.
         samples: put into the queue in this pass.
-        firsts: what each worker's first chunk told.
+        heard: what the workers' chunks told.
     """
 
     def __init__(self, pool: Pool, terms: Terms) -> None:
         self.pool, self.terms = pool, terms
         self.error: BaseException | None = None
         self.samples = 0
-        self.firsts = _Firsts(pool)
+        self.heard = Heard(pool)
         self._ended: set[int] = set()
         self._lost: set[int] = set()
         self._spec_known = threading.Event()
@@ -102,7 +101,7 @@ class Feeder:
         self._spec_known.wait()
         if self.pool.spec is None or self.error is not None:
             self.raise_if_failed()
-            raise WorkerError("QueueRunner: stopped before the first batch.")
+            raise WorkerError("labkit: stopped before the first batch.")
         return self.pool.spec
 
     def feed(self, queue: Queue, epoch: int) -> None:
@@ -179,14 +178,14 @@ class Feeder:
         while not self._stopping.is_set():
             message = self.pool.get(_TICK)
             if isinstance(message, Chunk):
-                self.firsts.rows = len(message.arrays[0])
+                self.heard.rows = len(message.arrays[0])
                 self.pool.put_back(message)
                 self.pool.set_active(self._wanted())
                 return
             if message is not None:
                 self._note_end(message)
                 if self.pool.active == self.pool.n_workers:
-                    raise _nothing_came(message.worker)
+                    raise self._nothing_came(message.worker)
                 self.pool.set_active(self.pool.active + 1)
 
     def _feed(self, queue: Queue, epoch: int) -> None:
@@ -196,6 +195,7 @@ class Feeder:
             self.pool.next_epoch(epoch)
             self._ended = set(self._lost)
         self.samples = 0
+        self.heard.counts.clear()
         self.pool.set_active(self._wanted())
         interrupt = _LostInterrupt(queue, self.terms)
         while not self._stopping.is_set() and queue is self._queue:
@@ -225,7 +225,7 @@ class Feeder:
                 self.pool.release(chunk)
         self.samples += len(arrays[0])
         for chunk in chunks:
-            self.firsts.note(chunk)
+            self.heard.note(chunk)
         if self.terms.scaler is not None:
             self._scale(self.terms.scaler, chunks, queue)
 
@@ -276,62 +276,50 @@ class Feeder:
             return self.pool.n_workers
         # Where they do not share, one that has delivered its all has left nothing to the others.
         shares = self.pool.factory.shards
-        gone = self._ended if shares else self._lost | (self._ended - self.firsts.workers)
+        gone = self._ended if shares else self._lost | (self._ended - self.heard.workers)
         return min(self.pool.n_workers, self.terms.scaler.count + len(gone))
 
     def _finish(self) -> None:
         pool = self.pool
         if not self.samples and not self._lost:
-            raise _nothing_came(0)
-        if pool.active > 1 and not pool.factory.shards:
-            warnings.warn(
-                f"QueueRunner: {pool.active} workers each delivered the whole of a finite "
-                f"iterator, so every sample came {pool.active} times. Give the factory the "
-                "parameters (worker, n_workers) and let it yield its share.",
-                RuntimeWarning,
-                stacklevel=1,
-            )
+            raise self._nothing_came(0)
+        if not pool.factory.shards and self.terms.samples != self.samples:
+            self._warn_of_whole_passes()
         if self.terms.samples not in (None, self.samples) and not self._lost:
             raise WorkerError(
-                f"QueueRunner: a pass delivered {self.samples} samples, expected "
+                f"labkit: a pass delivered {self.samples} samples, expected "
                 f"{self.terms.samples} as given by samples=. Correct the number, or find out what "
                 "the iterator leaves out or repeats."
             )
 
+    def _nothing_came(self, worker: int) -> WorkerError:
+        error = WorkerError(
+            "labkit: the iterator ended before its first batch, expected at least one. Check "
+            "that the factory returns a new iterator at each call, and that its data are found."
+            + self.pool.factory.told(worker, self.pool.epoch)
+        )
+        error.worker = worker
+        return error
 
-class _Firsts:
-    """What the first chunk of each worker tells: who delivers, and whether two make the same.
-
-    Attributes:
-        workers: numbers of those that have delivered.
-        rows: of the chunk that the spec was read from; 0 where it was given.
-    """
-
-    def __init__(self, pool: Pool) -> None:
-        self.workers: set[int] = set()
-        self.rows = 0
-        self._pool, self._epoch = pool, pool.epoch
-        self._digests: dict[bytes, int] | None = None if pool.factory.shards else {}
-
-    def note(self, chunk: Chunk) -> None:
-        """Warns once if two workers begin with the same batch, though nothing tells them apart."""
-        new = chunk.worker not in self.workers
-        self.workers.add(chunk.worker)
-        if self._digests is None or not new or self._pool.n_workers == 1:
-            return
-        if chunk.epoch != self._epoch:  # of another pass, it would not be a worker's first
-            return
-        twin = self._digests.setdefault(_digest(chunk.arrays), chunk.worker)
-        if twin != chunk.worker:
-            self._digests = None
-            warnings.warn(
-                f"QueueRunner: the first batches of workers {twin} and {chunk.worker} are equal to "
-                "the last bit, so the workers seem to make the same samples. Give the factory a "
-                "parameter worker, and seed with it: np.random.default_rng([seed, worker]); or "
-                "the parameters (worker, n_workers), and let it yield its share.",
-                RuntimeWarning,
-                stacklevel=1,
-            )
+    def _warn_of_whole_passes(self) -> None:
+        """Workers that do not share, and deliver as much as each other, may all deliver it all."""
+        workers = set(range(self.pool.active)) - self._lost
+        counts = {self.heard.counts[worker] for worker in workers}
+        if len(workers) < 2 or len(counts) > 1:
+            return  # those that take turns at one iterator have unequal parts of it
+        times = f"came {len(workers)} times"
+        if self.heard.all_began_alike(workers):
+            known, otherwise = f" and began with the same batch, so every sample {times}", ""
+        else:
+            known = f". If each of them read the whole data set, it {times}"
+            otherwise = " If they take turns at one iterator, tell its size, samples=."
+        warnings.warn(
+            f"labkit: {len(workers)} workers delivered {counts.pop()} samples each{known}. "
+            "Give the factory the parameters (worker, n_workers) and let it yield its share."
+            f"{otherwise}",
+            RuntimeWarning,
+            stacklevel=1,
+        )
 
 
 class _LostInterrupt:
@@ -352,27 +340,9 @@ class _LostInterrupt:
         self.taken = taken if self.taken is None else min(taken, self.taken)
         if size < self.terms.least or taken > self.taken + 2 * self.terms.batch_size:
             raise WorkerError(
-                "QueueRunner: ended by an interrupt from which the consumer did not learn, "
+                "labkit: ended by an interrupt from which the consumer did not learn, "
                 "since it waited for data, or TensorFlow dropped the KeyboardInterrupt."
             )
-
-
-def _nothing_came(worker: int) -> WorkerError:
-    error = WorkerError(
-        "QueueRunner: the iterator ended before its first batch, expected at least one. Check that "
-        "the factory returns a new iterator at each call, and that its data are found."
-    )
-    error.worker = worker
-    return error
-
-
-def _digest(arrays: Sequence[Any]) -> bytes:
-    hashed = hashlib.blake2b(digest_size=16)
-    for component in arrays:
-        for array in component if isinstance(component, tuple) else (component,):
-            text = array.dtype.hasobject
-            hashed.update(repr(array.tolist()).encode() if text else array.tobytes())
-    return hashed.digest()
 
 
 def _stop_all() -> None:

@@ -43,7 +43,7 @@ class Lost:
     text: str = ""
     error: BaseException | None = None
 
-    def as_error(self, who: str = "QueueRunner") -> WorkerError:
+    def as_error(self, who: str = "labkit") -> WorkerError:
         text = f"{who}: worker {self.worker} {self.summary}"
         text += f"\n\n{self.text}" if self.text else ""
         # Names of files may hold what UTF-8 cannot, and TensorFlow crashes on such a text.

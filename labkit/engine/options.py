@@ -96,7 +96,7 @@ class Options:
         if need > free / 2:
             fits = int(free / 2 / max(spec.bytes_per_sample, 1))
             raise MemoryError(
-                f"QueueRunner: capacity={self.capacity} samples of {spec.bytes_per_sample:,} bytes "
+                f"labkit: capacity={self.capacity} samples of {spec.bytes_per_sample:,} bytes "
                 f"need {need / 1e9:.2f} GB, expected at most half of the free memory, "
                 f"{free / 2e9:.2f} GB. Set capacity to {fits} or less, and min_after_dequeue below "
                 "it."

@@ -54,8 +54,8 @@ def pickle_factory(factory: IteratorFactory) -> tuple[bytes, int, list[int]]:
         Pickler(code, protocol=5, buffer_callback=keep).dump(factory)
     except Exception as error:
         raise TypeError(
-            "QueueRunner: workers='process' must send the iterator factory to another process, and "
-            f"{_unpicklable(factory.factory)} cannot be pickled ({error}). Open it inside the "
+            "labkit: workers='process' must send the iterator factory to another process, and "
+            f"{_unpicklable(factory.users)} cannot be pickled ({error}). Open it inside the "
             "factory instead, or use workers='thread'."
         ) from error
     sizes = [view.nbytes for view in buffers]

@@ -116,10 +116,7 @@ class Pool(ABC):
         state = self._states[chunk.worker]
         state.taken -= 1
         state.since = time.monotonic()
-        if chunk.worker < self.active:
-            self._refill(chunk.worker, chunk.slots)
-        else:
-            state.held.append(chunk.slots)
+        self._give_back(chunk)
 
     def next_epoch(self, epoch: int) -> None:
         """Every worker begins the pass of this number, at its next batch if it is in another."""
@@ -149,7 +146,16 @@ class Pool(ABC):
 
     # ---------------------------------------------------------------- its own
 
+    def _give_back(self, chunk: Chunk) -> None:
+        if chunk.worker < self.active:
+            self._refill(chunk.worker, chunk.slots)
+        else:
+            self._states[chunk.worker].held.append(chunk.slots)
+
     def _take_in(self, message: Message) -> None:
+        if isinstance(message, Chunk) and not len(message.arrays[0]):
+            self._give_back(message)  # no sign of life: who makes only these is late one day
+            return
         state = self._states[message.worker]
         state.since = time.monotonic()
         if isinstance(message, Chunk):

@@ -21,6 +21,7 @@ from labkit.engine.pool import Job, Pool
 from labkit.engine.ring import Layout, Ring, reserve_shared, ring_of, shared_memory
 from labkit.engine.tracebacks import is_own, readable
 
+_LAST_LINES = 30
 _PROGRAM = (
     "import sys, json; a = json.loads(sys.argv[1]); sys.path[:] = a['path']; "
     "from labkit.engine.child import main; main(*a['handles'])"
@@ -42,7 +43,7 @@ class ProcessPool(Pool):
     def __init__(self, job: Job) -> None:
         super().__init__(job)
         if os.name != "posix":
-            raise OSError("QueueRunner: workers='process' needs Linux or macOS. Use threads here.")
+            raise OSError("labkit: workers='process' needs Linux or macOS. Use threads here.")
         self._code, self._buffers, self._sizes = pickle_factory(job.factory)
         self._selector = selectors.DefaultSelector()
         self._wake, self._woken = socket.socketpair()
@@ -98,9 +99,18 @@ class ProcessPool(Pool):
         self._selector.unregister(process.connection)
         if process.death is not None:
             self._selector.unregister(process.death)
+        ending = process.ending()
+        words = process.first_words()
+        if words:
+            return Lost(
+                process.index,
+                f"{ending} before it came to your iterator. If a file of yours is named like one "
+                "of Python's modules (random.py), rename it.",
+                f"What it wrote to stderr:\n{words}",
+            )
         return Lost(
             process.index,
-            f"{process.ending()}. Its process left no traceback; look for a crash in native code, "
+            f"{ending}. Its process left no traceback; look for a crash in native code, "
             "or for the system's killer of processes that use too much memory.",
         )
 
@@ -145,14 +155,18 @@ class _Process:
         self._memory = shared_memory(0, "")
         self._trace = shared_memory(0, "")
         self.connection = Connection(ours.detach())
-        handles = [theirs.fileno(), self._memory, self._trace, buffers]
+        stderr = os.dup(2)
+        handles = [theirs.fileno(), self._memory, self._trace, buffers, stderr]
         argument = json.dumps({"path": sys.path, "handles": handles})
         try:
             self._process = subprocess.Popen(
-                # Unbuffered: what it prints appears when it is printed, and none is lost.
-                [sys.executable, "-u", "-c", _PROGRAM, argument],
+                # Unbuffered: what it prints appears when it is printed, and none is lost. And no
+                # module from a folder that is not in this process's path.
+                [sys.executable, "-u", "-P", "-c", _PROGRAM, argument],
                 pass_fds=handles,
                 stdin=subprocess.DEVNULL,
+                # Kept until the worker has come to its own first line, which sets the real one.
+                stderr=self._trace,
                 # A session of its own: Ctrl-C in the terminal is the parent's to handle.
                 start_new_session=True,
                 # One thread a worker: the workers are the parallelism.
@@ -165,6 +179,7 @@ class _Process:
             raise
         finally:
             theirs.close()
+            os.close(stderr)
         self.death = _death_of(self._process.pid)
         self.send(pickle.dumps(orders))
 
@@ -212,6 +227,11 @@ class _Process:
         if status < 0:
             return f"was killed by signal {-status} ({signal.Signals(-status).name})"
         return f"ended with exit status {status}"
+
+    def first_words(self) -> str:
+        """The last lines of what it wrote to stderr, if it died ahead of its own first line."""
+        lines = os.pread(self._trace, 1 << 20, 0).decode(errors="replace").splitlines(True)
+        return "".join(lines[-_LAST_LINES:])
 
     def doing(self) -> str:
         """The stack that the process shows on SIGUSR1, without labkit's own frames."""

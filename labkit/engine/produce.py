@@ -1,7 +1,10 @@
 """The one loop that walks an iterator, whatever runs it: a thread, a process."""
 
 import contextlib
+import functools
 import inspect
+import itertools
+import operator
 import sys
 import time
 import traceback
@@ -11,6 +14,15 @@ from typing import Any, NamedTuple
 from labkit.engine.batches import ALONE, Arrays, BatchError, Spec, short
 
 _KNOWN = {"worker", "n_workers", "epoch"}
+_MOST_EMPTY = 10_000  # in a row
+
+
+class _ByIndex:
+    def __getitem__(self, index: int) -> Any: ...
+
+
+# What Python makes of an object that has `__getitem__` but no `__iter__`.
+_IteratorByIndex = type(iter(_ByIndex()))
 
 
 class IteratorFactory:
@@ -19,24 +31,26 @@ class IteratorFactory:
     def __init__(self, factory: Callable[..., Iterable[Any]], n_workers: int) -> None:
         if not callable(factory):
             cure = (
-                "Pass the function itself, without calling it: QueueRunner(data.train_iterator), "
-                "or lambda: iter(your_object)."
+                "Pass the function itself, without calling it: data.train_iterator, or "
+                "lambda: iter(your_object)."
             )
             if any(hasattr(part, "shape") for part in (factory, *_parts(factory))):
                 cure = "Of arrays: lambda: zip(np.array_split(x, 100), np.array_split(y, 100))."
             raise TypeError(
-                f"QueueRunner: iterator must be a function that returns a new iterator, "
+                "labkit: iterator must be a function that returns a new iterator, "
                 f"got {short(factory)}. {cure}"
             )
         self.factory, self.n_workers = factory, n_workers
-        parameters: Mapping[str, inspect.Parameter] = {}
-        with contextlib.suppress(TypeError, ValueError):
-            parameters = inspect.signature(factory).parameters
-        self.names = set(parameters) & _KNOWN
+        # What labkit has wrapped itself is not what errors should speak of.
+        self.users = getattr(factory, "_labkit_wraps", factory)
+        parameters = _parameters(factory)
+        # What functools.partial has bound is the user's own choice.
+        bound = factory.keywords if isinstance(factory, functools.partial) else ()
+        self.names = (set(parameters) & _KNOWN).difference(bound)
         unknown = [name for name in parameters if name not in _KNOWN and _needed(parameters[name])]
         if unknown:
             raise TypeError(
-                f"QueueRunner: the iterator factory needs {', '.join(unknown)}, expected no "
+                f"labkit: the iterator factory needs {', '.join(unknown)}, expected no "
                 "parameter without a default but worker, n_workers and epoch. Rename it if it is "
                 f"one of these, or bind it: functools.partial(factory, {unknown[0]}=...)."
             )
@@ -45,9 +59,28 @@ class IteratorFactory:
     def shards(self) -> bool:
         return "n_workers" in self.names
 
-    def __call__(self, worker: int, epoch: int) -> Iterator[Any]:
+    def _filled(self, worker: int, epoch: int) -> dict[str, int]:
         known = {"worker": worker, "n_workers": self.n_workers, "epoch": epoch}
-        made: Any = self.factory(**{name: known[name] for name in self.names})
+        return {name: value for name, value in known.items() if name in self.names}
+
+    def told(self, worker: int, epoch: int) -> str:
+        """A sentence about the user's parameters that were filled in; "" if there are none."""
+        filled = []
+        parameters = _parameters(self.users)
+        for name, value in self._filled(worker, epoch).items():
+            if name in parameters:
+                default = parameters[name].default
+                instead = "" if default is inspect.Parameter.empty else f" (default {default!r})"
+                filled.append(f"{name}={value}{instead}")
+        if not filled:
+            return ""
+        return (
+            f" labkit called it with {', '.join(filled)}: if a name means something else to you "
+            "than the worker's number, their count or the number of the pass, rename it."
+        )
+
+    def __call__(self, worker: int, epoch: int) -> Iterator[Any]:
+        made: Any = self.factory(**self._filled(worker, epoch))
         if getattr(made, "ndim", None) is not None:
             raise TypeError(
                 f"the iterator factory returned an array of shape {tuple(made.shape)}, whose rows "
@@ -55,11 +88,29 @@ class IteratorFactory:
                 "iter(np.array_split(array, number_of_batches))."
             )
         try:
-            return iter(made)
+            iterator = iter(made)
         except TypeError:
             raise TypeError(
                 f"the iterator factory returned {short(made)}, expected an iterator of batches."
             ) from None
+        # It ends only by an IndexError, which an object that slices its arrays never raises.
+        length = operator.length_hint(iterator, -1) if type(iterator) is _IteratorByIndex else -1
+        return iterator if length < 0 else itertools.islice(iterator, length)
+
+    def where(self) -> str:
+        """The line at which the factory is defined, as a traceback shows it; "" if unknown."""
+        function = inspect.unwrap(getattr(self.users, "func", self.users))
+        code = getattr(function, "__code__", None)
+        if code is None:
+            return ""
+        frame = traceback.FrameSummary(code.co_filename, code.co_firstlineno, code.co_name)
+        return "Its factory:\n" + "".join(traceback.format_list([frame]))
+
+
+def _parameters(factory: Any) -> Mapping[str, inspect.Parameter]:
+    with contextlib.suppress(TypeError, ValueError):
+        return inspect.signature(factory).parameters
+    return {}
 
 
 def _parts(factory: Any) -> tuple[Any, ...]:
@@ -89,14 +140,23 @@ def produce(
             could write into again is copied.
     """
     iterator = factory(worker, epoch)
+    empty = 0
     began = time.perf_counter()
     for batch in iterator:
         alone = sys.getrefcount(batch) <= ALONE
         try:
             spec = spec or Spec.of(batch)
             arrays = spec.take(batch, alone) if copies else spec.flatten(batch)
+            empty = 0 if len(arrays[0]) else empty + 1
+            if empty == _MOST_EMPTY:
+                raise BatchError(
+                    f"delivered {empty:,} empty batches in a row, expected samples, or the end. "
+                    "Let the iterator end where its data do: of an object with an index, return "
+                    "(data[i] for i in range(number_of_batches)). If it leaves samples out, let "
+                    "it yield no batch in which none is left."
+                )
         except BatchError as error:
-            error.add_note(_yielded_at(iterator))
+            error.add_note(_yielded_at(iterator) or factory.where())
             raise
         yield Made(spec, arrays, time.perf_counter() - began)
         began = time.perf_counter()

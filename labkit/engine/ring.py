@@ -213,7 +213,7 @@ def reserve_shared(descriptor: int, nbytes: int, purpose: str) -> None:
             os.ftruncate(descriptor, nbytes)
     except OSError as error:
         raise MemoryError(
-            f"QueueRunner: expected {nbytes / 1e6:.1f} MB of shared memory for {purpose}, "
+            f"labkit: expected {nbytes / 1e6:.1f} MB of shared memory for {purpose}, "
             f"{free / 1e6:.1f} MB are free ({error.strerror}). Enlarge it (docker run "
             "--shm-size), lower capacity, deliver smaller chunks, use fewer workers, or use "
             "workers='thread'."

@@ -9,13 +9,13 @@ import os
 import sys
 import types
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from labkit.engine.batches import Component, Spec
+from labkit.engine.batches import Component, Spec, short
 from labkit.engine.messages import WorkerError
 from labkit.quiet import tf
 
@@ -84,8 +84,16 @@ class GraphQueue:
         parts = self._queue.dequeue_up_to(self._batch_size)
         return _shaped(self.spec, parts if isinstance(parts, list) else [parts])
 
-    def attach(self, sess: "tf.compat.v1.Session") -> "SessionQueue":
-        """Raises RuntimeError for a session that had it before: there it is closed for good."""
+    def attach(self, sess: Any) -> "SessionQueue":
+        """Raises RuntimeError for a session that had it before: there it is closed for good; and
+        TypeError for what is no session, nor one of `tf.compat.v1.train` around a session."""
+        sess = sess._tf_sess() if hasattr(sess, "_tf_sess") else sess
+        if not hasattr(sess, "_make_callable_from_options"):
+            raise TypeError(
+                f"QueueRunner.start: sess must be an open session, got {short(sess)}. Pass a "
+                "tf.compat.v1.Session, or a MonitoredSession within its `with` block; of another "
+                "wrapper the session that it wraps."
+            )
         if sess in self._attached:
             raise RuntimeError(
                 "QueueRunner.start: the queue of this session was closed by stop(), and cannot be "
@@ -316,7 +324,8 @@ def dataset_of_passes(
         _plainly(functools.partial(end_pass, int(number)))
         return False
 
-    dataset = tf.data.Dataset.range(1).flat_map(plain(one_pass))
+    with _debug_mode_off():
+        dataset = tf.data.Dataset.range(1).flat_map(plain(one_pass))
     if batches is not None:
         dataset = dataset.apply(tf.data.experimental.assert_cardinality(batches))
 
@@ -327,6 +336,19 @@ def dataset_of_passes(
 
     dataset.__class__ = Passes
     return dataset
+
+
+@contextlib.contextmanager
+def _debug_mode_off() -> Iterator[None]:
+    """tf.data's debug mode would run ops in Python, where a queue's end is no end, but an error."""
+    from tensorflow.python.data.ops import debug_mode
+
+    was_on = debug_mode.DEBUG_MODE
+    debug_mode.toggle_debug_mode(False)
+    try:
+        yield
+    finally:
+        debug_mode.toggle_debug_mode(was_on)
 
 
 def _plainly(call: Callable[[], Any]) -> Any:

@@ -200,8 +200,7 @@ def _watch(
     def placed(worker: int, n_workers: int, epoch: int) -> _Placed:
         return _Placed(made(worker, epoch), worker)
 
-    # An error about what cannot be pickled begins with this name.
-    placed.__qualname__ = getattr(made.factory, "__qualname__", type(made.factory).__name__)
+    placed.__dict__["_labkit_wraps"] = made.factory
     n = made.n_workers
     most = _MOST_SAMPLES if samples is None else n * samples + batch_size
     share = ((samples or 0) - 1 - np.arange(n)) // n + 1  # as of range(samples)[worker::n]
@@ -293,7 +292,9 @@ def _judge(
     different = [count - more for count, more in zip(counts, repeats, strict=True)]
     found = Audit(None, sum(counts), sum(repeats), None, None, endless=seen.endless)
     found.told_by = "tag" if tagged else "content"
-    unshared = not given.shards
+    each = np.bincount(seen.epochs[0][:, 1], minlength=given.n_workers)
+    # Those that take turns at one iterator have unequal parts of it.
+    unshared = bool(each.min() == each.max()) and not given.shards
     if samples is not None:
         found.expected = samples * len(counts)
         if tagged or max(different) <= samples:
@@ -304,7 +305,6 @@ def _judge(
         perfect = samples / np.sqrt(12) * np.sqrt(1 - 1 / batch_size)
         if tagged and batches and perfect:
             found.mixing = float(np.mean([np.std(batch[:, 0]) for batch in batches]) / perfect)
-        each = np.bincount(seen.epochs[0][:, 1], minlength=given.n_workers)
         unshared = bool(each.min() > 0.9 * samples)  # all, or most of it
     unshared &= not seen.endless and given.n_workers > 1
     most = max(different)
@@ -330,8 +330,8 @@ def _verdict(
             yield f"If they read one data set: {_SHARE_IT}"
     elif unshared and samples is None:
         yield (
-            f"Each of the {n_workers} workers delivered a whole iterator: if that is a finite data "
-            f"set, every sample came {n_workers} times. {_SHARE_IT}"
+            f"All {n_workers} workers delivered as many samples: if each of them read the whole "
+            f"data set, it came {n_workers} times. {_SHARE_IT}"
         )
     elif found.repeated and not wrong_count:
         missed = f" while {found.missed:,} samples are missed" if found.missed else ""

@@ -1,0 +1,63 @@
+"""What the workers' chunks tell of the workers, beside the samples."""
+
+import collections
+import hashlib
+import warnings
+from collections.abc import Sequence, Set
+from typing import Any
+
+from labkit.engine.messages import Chunk
+from labkit.engine.pool import Pool
+
+
+class Heard:
+    """Who delivers how much, and whether two make the same.
+
+    Attributes:
+        workers: numbers of those that have delivered.
+        counts: samples of each of them in this pass.
+        rows: of the chunk that the spec was read from; 0 where it was given.
+    """
+
+    def __init__(self, pool: Pool) -> None:
+        self.workers: set[int] = set()
+        self.counts: collections.Counter[int] = collections.Counter()
+        self.rows = 0
+        self._pool, self._epoch = pool, pool.epoch
+        self._digests: dict[int, bytes] = {}  # of each worker's first chunk
+        self._told = False
+
+    def note(self, chunk: Chunk) -> None:
+        """Warns once if two workers begin with the same batch, though nothing tells them apart."""
+        new = chunk.worker not in self.workers
+        self.workers.add(chunk.worker)
+        self.counts[chunk.worker] += len(chunk.arrays[0])
+        if self._pool.factory.shards or not new or self._pool.n_workers == 1:
+            return
+        if chunk.epoch != self._epoch:  # of another pass, it would not be a worker's first
+            return
+        digest = _digest(chunk.arrays)
+        twin = next((worker for worker, its in self._digests.items() if its == digest), None)
+        self._digests[chunk.worker] = digest
+        if twin is not None and not self._told:
+            self._told = True
+            warnings.warn(
+                f"labkit: the first batches of workers {twin} and {chunk.worker} are equal to "
+                "the last bit, so the workers seem to make the same samples. Give the factory a "
+                "parameter worker, and seed with it: np.random.default_rng([seed, worker]); or "
+                "the parameters (worker, n_workers), and let it yield its share.",
+                RuntimeWarning,
+                stacklevel=1,
+            )
+
+    def all_began_alike(self, workers: Set[int]) -> bool:
+        return self._digests.keys() >= workers and len(set(self._digests.values())) == 1
+
+
+def _digest(arrays: Sequence[Any]) -> bytes:
+    hashed = hashlib.blake2b(digest_size=16)
+    for component in arrays:
+        for array in component if isinstance(component, tuple) else (component,):
+            text = array.dtype.hasobject
+            hashed.update(repr(array.tolist()).encode() if text else array.tobytes())
+    return hashed.digest()
