@@ -33,6 +33,7 @@ _HOME = {
     "UsageMonitor": "instruments.usage_monitor",
     "diagnose": "instruments.diagnosis",
     "audit": "instruments.audit",
+    "watch": "instruments.watch",
 }
 # Modules by the names that they had, or have for short: each is the one, or all, that came of it.
 _MOVED = {

@@ -1,0 +1,84 @@
+"""Steps of training, how much of them was waiting for data, and what that means."""
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+# "Not", "moderately" and "highly input-bound" as in the input-pipeline analyzer of TensorFlow's
+# profiler: https://www.tensorflow.org/guide/profiler#input_pipeline_analyzer
+MODERATE, HIGH = 0.05, 0.20
+
+
+@dataclass
+class Waiting:
+    """Steps of training, and how much of them was waiting for data.
+
+    Attributes:
+        steps: how many.
+        seconds: that they took, from end to end.
+        waited: seconds of `measured` spent waiting for data.
+        measured: seconds of the steps that were measured; all of them but on a GPU.
+    """
+
+    steps: int = 0
+    seconds: float = 0.0
+    waited: float = 0.0
+    measured: float = 0.0
+
+    @property
+    def share(self) -> float:
+        """0 to 1; NaN while nothing was measured."""
+        return self.waited / self.measured if self.measured else math.nan
+
+    @property
+    def steps_per_second(self) -> float:
+        return self.steps / self.seconds if self.seconds else math.nan
+
+    def add(self, steps: int, seconds: float, waited: float | None, measured: float) -> None:
+        """`waited` is None for steps that were counted but not measured."""
+        self.steps += steps
+        self.seconds += seconds
+        if waited is not None:
+            self.waited += waited
+            self.measured += measured
+
+    def __str__(self) -> str:
+        if not self.measured:
+            return "only the first step, which compiles: too few to tell"
+        line = (
+            f"{self.seconds:.1f} s, {_rate(self.steps_per_second)} steps/s, "
+            f"{self.share:.0%} waiting for data"
+        )
+        if self.share < MODERATE:
+            return line
+        # Who waits for all but a hundredth of the time has no rate that could be told from noise.
+        most = self.steps_per_second / max(1 - self.share, 0.01)
+        return f"{line}; {_rate(most)} steps/s without waiting"
+
+
+def verdict(share: float, next_step: str) -> str:
+    """One sentence on a share of waiting: how bad it is by the profiler's limits, what to do."""
+    if math.isnan(share):
+        return "no verdict: only the first step, which compiles, was seen"
+    if share < MODERATE:
+        return f"not input-bound ({share:.0%} waiting, under {MODERATE:.0%}): the data keep up"
+    degree = "highly" if share > HIGH else "moderately"
+    limits = f"over {HIGH:.0%}" if share > HIGH else f"{MODERATE:.0%} to {HIGH:.0%}"
+    return f"{degree} input-bound ({share:.0%} waiting, {limits}). Next: {next_step}"
+
+
+NEXT_STEP = (
+    "labkit.diagnose(factory, model) tells how many workers, threads or processes, would cure it"
+)
+
+
+def total(epochs: Iterable[Waiting]) -> Waiting:
+    """Several epochs as one."""
+    result = Waiting()
+    for one in epochs:
+        result.add(one.steps, one.seconds, one.waited, one.measured)
+    return result
+
+
+def _rate(value: float) -> str:
+    return f"{value:.3g}" if value < 1000 else f"{value:,.0f}"

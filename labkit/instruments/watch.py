@@ -1,0 +1,84 @@
+"""`labkit.watch`: how much of a `fit`, or of a loop, is waiting for data, seen while it runs."""
+
+import time
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from labkit.instruments.waiting import NEXT_STEP, Waiting, total, verdict
+
+
+def watch(iterable: Iterable[Any] | None = None) -> Any:
+    """Tells how much of a training is waiting for data, while it runs.
+
+        model.fit(anything, callbacks=[labkit.watch()])
+        for batch in labkit.watch(batches): ...
+
+    In `fit` a line after each epoch says seconds (of training, without validation), steps/s, the
+    share of waiting, and the rate there would be without it; at the end comes a verdict. The two
+    numbers are in the epoch's logs, too, as `waiting_share` (0 to 1) and `steps_per_second`, for
+    History and for every callback that stands behind this one, so put it first. The first step of
+    a `fit` or a loop compiles and is left out.
+
+    Waiting is the time until the next batch is there; Keras prefetches, so data that take no longer
+    than the step cost nothing. It is not all that data cost: producers that hold Python's lock slow
+    the step itself. On a GPU, where a step goes on while Python has long gone ahead, every tenth
+    step is measured, with the device waited for before and after it; in a loop of your own,
+    wait for it yourself.
+
+    Args:
+        iterable: of batches, for a loop of your own; without it the result is a Keras callback.
+
+    Returns:
+        a `keras.callbacks.Callback`, or an iterable over the same batches. Both have `epochs`, a
+        list of `Waiting`, and a `verdict()`.
+
+    Raises:
+        TypeError: if `iterable` is none.
+        RuntimeError: where Keras runs on another backend than TensorFlow.
+    """
+    if iterable is None:
+        from labkit.instruments.watch_fit import FitWatch
+
+        return FitWatch()
+    return LoopWatch(iterable)
+
+
+class LoopWatch:
+    """The batches of an iterable, with the waiting for them measured."""
+
+    def __init__(self, iterable: Iterable[Any]) -> None:
+        if not hasattr(iterable, "__iter__") and not hasattr(iterable, "__getitem__"):
+            raise TypeError(
+                f"labkit.watch: expected an iterable of batches, got {type(iterable).__name__}. "
+                "For Keras: model.fit(..., callbacks=[labkit.watch()])."
+            )
+        self._iterable = iterable
+        self.epochs: list[Waiting] = []
+
+    def __len__(self) -> int:
+        return len(self._iterable)  # type: ignore[arg-type]
+
+    def __iter__(self) -> Iterator[Any]:
+        waiting = Waiting()
+        self.epochs.append(waiting)
+        iterator = iter(self._iterable)
+        first, ended = not self.epochs[:-1], time.perf_counter()
+        try:
+            while True:
+                asked = time.perf_counter()
+                try:
+                    batch = next(iterator)
+                except StopIteration:
+                    return
+                waited = time.perf_counter() - asked
+                yield batch
+                began, ended = ended, time.perf_counter()
+                if not first:
+                    waiting.add(1, ended - began, waited, ended - began)
+                first = False
+        finally:
+            print(f"labkit.watch: {waiting}\nlabkit.watch: {self.verdict()}", flush=True)
+
+    def verdict(self) -> str:
+        """What the waiting of all passes so far means, in a sentence."""
+        return verdict(total(self.epochs).share, NEXT_STEP)
