@@ -43,10 +43,12 @@ def repeat(batch: Any, spec: Spec, size: int) -> tf.data.Dataset:
 
 
 class Alone(NamedTuple):
-    """The generator without a model: samples/s, and processor seconds per sample."""
+    """The generator without a model: samples/s, processor seconds per sample, and the seconds per
+    sample that the iterator itself takes, without what handing the batches over takes."""
 
     rate: float
     cpu: float
+    own: float
 
 
 def alone(iterator: Iterators, kind: str, n: int, seconds: float) -> Alone:
@@ -54,7 +56,7 @@ def alone(iterator: Iterators, kind: str, n: int, seconds: float) -> Alone:
     pool = KINDS[kind].pool(Job(IteratorFactory(iterator, n), timeout=_TIMEOUT))
     heard: set[int] = set()
     ended: set[int] = set()
-    began, first, cpu, chunks, samples = time.monotonic(), 0.0, 0.0, 0, 0
+    began, first, cpu, own, chunks, samples = time.monotonic(), 0.0, 0.0, 0.0, 0, 0
     nothing = True  # came in this pass
     try:
         pool.set_active(n)
@@ -66,6 +68,7 @@ def alone(iterator: Iterators, kind: str, n: int, seconds: float) -> Alone:
                 nothing = False
                 if first:
                     chunks, samples = chunks + 1, samples + len(message.arrays[0])
+                    own += message.seconds
                     if now - first > seconds and chunks >= 3 * n:
                         break
                 elif len(heard) == n or now - began > _PATIENCE:
@@ -83,7 +86,7 @@ def alone(iterator: Iterators, kind: str, n: int, seconds: float) -> Alone:
         used = time.process_time() - cpu
     finally:
         pool.stop()
-    return Alone(samples / (now - first), used / samples)
+    return Alone(samples / (now - first), used / samples, own / samples)
 
 
 def together(
