@@ -218,7 +218,7 @@ def report_of(
     busy = size * one.cpu / shortest
     nature = laws.nature(size * one.own, busy, gains.get(True), gains.get(False), usable_cores())
     step = min(need.step for need in demands.values())
-    wall = size / one.rate
+    wall = min(size * one.own, size / one.rate)  # in a serial loop, where nothing is handed over
     return Report(
         nature, rows, best_of(rows), demands, 1 / step, 1 / (wall + step), wall, seconds,
         iterator, model, repeated, size, measured.problems,

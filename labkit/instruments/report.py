@@ -71,6 +71,7 @@ class Report:
         leave: no workers are worth it, the recommendation is to leave your loop as it is; `best` is
             then what `runner()` and `check()` would take nevertheless.
         model_rate, serial_rate: steps/s of the model alone, and of generator and model in turn.
+        wall: seconds of a batch in a serial loop.
         demands: what a batch and a step cost, for each kind; no measurement contradicts them.
         seconds: what the diagnosis took.
     """
