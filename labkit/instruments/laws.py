@@ -21,7 +21,7 @@ _A_CORE, _AT_MOST = 4, 32  # workers worth considering where they wait
 _WITHDRAWN = 1.15  # times a bound that was inferred: passed by so much, it does not exist
 # What adds to the scatter within a diagnosis, as logarithms: the machine's drift until later, and
 # not to have tried a setting. From tests/benchmarks/sweep.py, so that ranges hold 90 %.
-_DRIFT, _UNTRIED = 0.05, 0.08
+_DRIFT, _UNTRIED = 0.06, 0.08
 
 
 @dataclass
@@ -123,11 +123,11 @@ def contended(n: int, need: Demands) -> bool:
 
 def to_try(numbers: list[int], need: Demands) -> list[int]:
     """The settings that are worth running together with the model: the first and the last in which
-    workers only wait, and those in which they get into each other's way, up to four times as many
-    as the law finds useful: more bring no news."""
+    workers only wait, and those in which they get into each other's way, up to twice as many as the
+    law finds useful: more bring no news."""
     free = [n for n in numbers if not contended(n, need)]
     useful = next((n for n in numbers if n / need.wall >= _ceiling(n, need)), numbers[-1])
-    most = 4 * max(2, useful)
+    most = 2 * max(2, useful)
     return sorted({1, *free[-1:], *(n for n in numbers if n not in free and n <= most)})
 
 
@@ -154,11 +154,11 @@ def predict(
     `crowd` are the `noise` of settings that are not `contended`, and of those that are.
     """
     law = {n: min(bounds(n, need).values()) for n in numbers}
-    factors = {n: fmean(rates) / law[n] for n, rates in measured.items()}
+    factors = {n: fmean(rates) / law[n] for n, rates in sorted(measured.items())}
     for n in numbers:
         crowded = contended(n, need)
         # What was tried with other demands in mind may have nothing of the sort: then all of it.
-        known = [k for k in sorted(factors) if contended(k, need) == crowded] or sorted(factors)
+        known = [k for k in factors if contended(k, need) == crowded] or list(factors)
         factor = float(np.interp(np.log2(n), np.log2(known), [factors[k] for k in known]))
         scatter = (crowd if crowded else calm) * math.sqrt(1 + 1 / len(measured.get(n, [0])))
         half = math.hypot(scatter, _DRIFT, 0.0 if n in measured else _UNTRIED)

@@ -16,6 +16,7 @@ from labkit.machine import onednn_note
 from labkit.queue_runner import QueueRunner
 
 _WORTH = 0.75  # of the best rate, below which no range makes a smaller number the better one
+_ALIKE = 0.92  # of the rate of the faster kind, from which the cheaper one is as good
 
 
 @dataclass
@@ -50,11 +51,13 @@ class Checked(list[Row]):
 
 
 def best_of(rows: list[Row]) -> Row:
-    """The smallest number of workers, and the cheapest kind, whose range overlaps with that of the
-    fastest setting, unless it gives up more than a quarter of the rate."""
+    """The smallest number of workers whose range overlaps with that of the fastest setting, unless
+    it gives up more than a quarter of the rate; of two kinds the cheaper, unless it is slower."""
     top = max(rows, key=lambda row: row.predicted)
     as_good = [r for r in rows if r.high >= top.low and r.predicted >= _WORTH * top.predicted]
-    return min(as_good, key=lambda row: row.n)  # of equal ones the first: kinds stand in order
+    least = [row for row in as_good if row.n == min(row.n for row in as_good)]
+    fastest = max(row.predicted for row in least)
+    return next(row for row in least if row.predicted >= _ALIKE * fastest)  # the cheapest first
 
 
 @dataclass
@@ -67,7 +70,7 @@ class Report:
             of its own or for what serves one at a time), "makes workers take turns" (processes,
             too); "computes" where threads were not considered.
         rows: predicted steps/s for each kind and number of workers.
-        best: the recommended row: of those whose ranges overlap, the smallest number of workers.
+        best: the recommended row, see `best_of`.
         leave: no workers are worth it, the recommendation is to leave your loop as it is; `best` is
             then what `runner()` and `check()` would take nevertheless.
         model_rate, serial_rate: steps/s of the model alone, and of generator and model in turn.
