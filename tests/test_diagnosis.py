@@ -74,7 +74,7 @@ def test_a_waiting_generator_gets_threads(monkeypatch):
         assert next(iter(runner.dataset()))[0].shape == (8, 4)
 
 
-def test_a_generator_that_computes_is_told_from_one_that_waits_on_a_busy_machine_too(few_settings):
+def test_what_a_batch_computes_is_measured_on_a_busy_machine_too(few_settings):
     """By its processor time, which other programs do not change. What follows from that, and from
     the rates, is tested by numbers."""
     computes = labkit.diagnose(heavy(busy_python(0.02)), 0.002, **VERY_QUICK)

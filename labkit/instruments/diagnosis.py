@@ -133,8 +133,8 @@ def _measure(
         bar.total = bar.n + len(tries) * (_ROUNDS - again) + 1
         for kind, n in tries:
             began = time.monotonic()
-            # Many processes take long to start on few cores: then once is enough.
-            if again and began + took.get((kind, n), slot) > until:
+            # Processes take long to start on few cores: then once is enough.
+            if again and kind != _SERIAL and began + took.get((kind, n), slot) > until:
                 continue
             _say(bar, f"both, {n} x {kind}")
             rate = together(iterator, model, kind, n, size, slot)

@@ -20,7 +20,7 @@ FREE = 5e-4  # seconds of a batch, below which handing it over is what costs
 _A_CORE, _AT_MOST = 4, 32  # workers worth considering where they wait
 _WITHDRAWN = 1.15  # times a bound that was inferred: passed by so much, it does not exist
 # What adds to the scatter within a diagnosis, as logarithms: the machine's drift until later, and
-# not to have tried a setting. From tests/benchmarks/sweep.py, so that ranges hold 90 %.
+# not to have tried a setting. tests/benchmarks/sweep.py counts what the ranges hold.
 _DRIFT, _UNTRIED = 0.06, 0.08
 
 
@@ -137,8 +137,9 @@ def noise(repeated: Iterable[list[float]]) -> float:
     logs = [np.log(rates) for rates in repeated]
     freedom = sum(len(rates) - 1 for rates in logs)
     squares = sum(float(((rates - rates.mean()) ** 2).sum()) for rates in logs)
-    # Student's t for 5 % on either side, within 5 % of it from 3 degrees of freedom on.
-    return 1.645 * (1 + 1.1 / freedom) * math.sqrt(squares / freedom)
+    # Student's t for 5 % on either side: few measurements tell little of their own scatter.
+    student = {1: 6.31, 2: 2.92, 3: 2.35}.get(freedom, 1.645 * (1 + 1.1 / freedom))
+    return student * math.sqrt(squares / freedom)
 
 
 def predict(
