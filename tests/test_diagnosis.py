@@ -561,6 +561,22 @@ def test_a_range_that_holds_everything_does_not_make_the_slowest_the_best():
     assert best_of(rows).n == 2
 
 
+@pytest.mark.parametrize(("settle", "steps"), [(60.0, 20 + 10), (0.0, 1 + 10)])
+def test_what_workers_had_stored_is_not_counted_as_their_speed(settle, steps, monkeypatch):
+    """Unless the model is so slow that it never uses it up: then there is no end to wait for."""
+    monkeypatch.setattr("labkit.instruments.measure._SETTLE", settle)
+    watch = Watch(1e-9, stored=20, least=10)
+    assert [watch.enough() for _ in range(steps)] == [False] * (steps - 1) + [True]
+    assert watch.steps == 10
+
+
+def test_four_that_gain_a_third_over_two_do_not_take_turns(monkeypatch):
+    """The lock is withdrawn, though a slow machine has not passed its bound."""
+    both = {**threads(16, 24, 35), **threads(26, 50, kind="process")}
+    report = made_up(monkeypatch, **{**NOTEBOOK_7, "together": both})
+    assert report.demands["thread"].lock == 0 and report.nature == "waits"
+
+
 # -- measurements that are made up: numbers in, report out -----------------------------------------
 
 

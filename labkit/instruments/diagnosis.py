@@ -11,7 +11,7 @@ from labkit.checks import expect, is_integer
 from labkit.engine import KINDS
 from labkit.instruments import laws, measure
 from labkit.instruments.laws import Demands
-from labkit.instruments.measure import Alone, Iterators, Model, together
+from labkit.instruments.measure import Alone, Iterators, Model, Watch, together
 from labkit.instruments.report import Report, Row, best_of, expect_seconds
 from labkit.machine import usable_cores
 
@@ -121,8 +121,8 @@ def _measure(
     bar: tqdm,
 ) -> Measured:
     _say(bar, "model alone")
-    model.run(repeated, 0.2)
-    steps = [model.run(repeated, slot)]
+    model.run(repeated, Watch(0.2))
+    steps = [model.run(repeated, Watch(slot))]
     single, problems = _alone_in_each(iterator, kinds, slot, bar)
     found = Measured(single, problems, {}, steps)
     took: dict[Setting, float] = {}
@@ -141,7 +141,7 @@ def _measure(
             found.together.setdefault((kind, n), []).append(rate)
             took[kind, n] = time.monotonic() - began
     _say(bar, "model alone again")
-    steps.append(model.run(repeated, slot))
+    steps.append(model.run(repeated, Watch(slot)))
     return found
 
 
@@ -213,7 +213,8 @@ def report_of(
             rows.append(Row(kind, n, rate, low, high, laws.limit(n, need, rate)))
         # Both together may show a gain that two alone, for a moment, did not.
         most = max([single[kind, 2].rate / size, *(fmean(r) for n, r in rates.items() if n > 1)])
-        gains[KINDS[kind].shares_lock] = most * shortest
+        shares = KINDS[kind].shares_lock
+        gains[shares] = max(most * shortest, 2.0 if shares and not need.lock else 0.0)
     one = single[_SERIAL, 1]
     busy = size * one.cpu / shortest
     nature = laws.nature(size * one.own, busy, gains.get(True), gains.get(False), usable_cores())

@@ -92,12 +92,15 @@ def corrected(
 
 def _corrected(need: Demands, best: float, own: dict[int, float]) -> Demands:
     busy = min(1.0, need.cores / max(best * (need.cpu + need.step_cpu), 1e-9))
-    passed = need.lock * max((rate for n, rate in own.items() if n > 1), default=0.0)
+    several = max((rate for n, rate in own.items() if n > 1), default=0.0)
+    passed = need.lock * several
+    # Two that wait for one another leave less to gain than this, however slow the machine was.
+    grew = several > 1.3 * own.get(2, np.inf)
     return replace(
         need,
         wall=min([need.wall, *(n / rate for n, rate in own.items())]),
         cpu=need.cpu * busy,
-        lock=0.0 if passed > _WITHDRAWN else need.lock / max(1.0, passed),
+        lock=0.0 if grew or passed > _WITHDRAWN else need.lock / max(1.0, passed),
         step=min(need.step, 1 / best) if best else need.step,
         step_cpu=need.step_cpu * busy,
     )

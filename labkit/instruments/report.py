@@ -11,7 +11,7 @@ from labkit.checks import expect, is_number
 from labkit.engine import KINDS
 from labkit.instruments import laws
 from labkit.instruments.laws import Demands
-from labkit.instruments.measure import Iterators, Model, together
+from labkit.instruments.measure import Iterators, Model, Watch, together
 from labkit.machine import onednn_note
 from labkit.queue_runner import QueueRunner
 
@@ -144,7 +144,7 @@ class Report:
                 row.measured = self._measure(row, seconds)
             now = 0.0
             if any(row.outside for row in picked):
-                now = 1 / self.model.run(self.repeated, min(seconds, 1.0))[0]
+                now = 1 / self.model.run(self.repeated, Watch(min(seconds, 1.0)))[0]
         self.take_in(picked, now)
         print(self.table())
         return picked
