@@ -17,7 +17,7 @@ import numpy as np
 GIL, TURNS = "Python's lock", "taking turns"  # why a second worker cannot go on
 CROWDED, HANDING = "each other", "handing over"  # less is reached than any bound says
 FREE = 5e-4  # seconds of a batch, below which handing it over is what costs
-_A_CORE, _AT_MOST = 4, 32  # workers worth considering where they wait
+_A_CORE, _AT_MOST = 2, 32  # workers worth considering where they wait
 _WITHDRAWN = 1.15  # times a bound that was inferred: passed by so much, it does not exist
 # What adds to the scatter within a diagnosis, as logarithms: the machine's drift until later, and
 # not to have tried a setting. tests/benchmarks/sweep.py counts what the ranges hold.
@@ -108,9 +108,10 @@ def _corrected(need: Demands, best: float, own: dict[int, float]) -> Demands:
 
 def counts(limit: int, need: Demands) -> list[int]:
     """Numbers of workers to predict: the powers of two up to the limit, and the limit; 2 at least,
-    since the second worker shows what sharing costs. More than the limit, up to four a core, where
+    since the second worker shows what sharing costs. More than the limit, up to two a core, where
     the generator waits so much that they are of use."""
-    useful = min(math.ceil(_ceiling(2, need) * need.wall), _A_CORE * need.cores, _AT_MOST)
+    # Without the lock, which four workers may refute: they have to be tried.
+    useful = min(math.ceil(_ceiling(1, need) * need.wall), _A_CORE * need.cores, _AT_MOST)
     most = max(2, limit, 2 ** math.ceil(math.log2(max(1, useful))) if useful > limit else 0)
     return sorted({*(2**k for k in range(most.bit_length())), max(2, limit)})
 
