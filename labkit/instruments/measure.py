@@ -21,7 +21,7 @@ from labkit.queue_runner import QueueRunner
 from labkit.quiet import tf
 
 _PATIENCE = 3.0  # seconds to wait until every worker delivers
-_SETTLE = 1.5  # seconds to wait until what they had stored is used up
+_SETTLE = 0.8  # seconds to wait until what they had stored is used up
 _TIMEOUT = 60.0  # seconds for a batch of the generator alone
 _NOTHING = "diagnose: the iterator ended before its first batch, expected at least one."
 _ABSENT = object()

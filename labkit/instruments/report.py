@@ -205,7 +205,7 @@ class Report:
         """Each setting in a line, with its range of 90 % and what limits it; then the notes."""
         head = ("workers", "n", "steps/s predicted", "90 % range", "measured", "bound by", "")
         lines = [
-            f"{kind:10}{n:>3}{rate:>19}{span:>14}{measured:>11}   {by:14}{remark}".rstrip()
+            f"{kind:10}{n:>3}{rate:>19}{span:>14}{measured:>11}   {by:15}{remark}".rstrip()
             for kind, n, rate, span, measured, by, remark in [head, *self._cells()]
         ]
         return "\n".join([*lines, *self.notes])
