@@ -195,6 +195,8 @@ def test_a_wrong_interval_is_named(interval):
 
 
 def test_a_probe_that_is_no_function_is_named():
+    with pytest.raises(ValueError, match=r"probes must map a name to a function.*got <built-in"):
+        UsageMonitor(probes=len)
     with pytest.raises(ValueError, match=r"probe 'depth' must be a function, got 3"):
         UsageMonitor(probes={"depth": 3})
 

@@ -1,151 +1,25 @@
 """Is it the input? Which workers? How many? Predicted from short measurements, then checked."""
 
-import base64
-import html
-import io
-import math
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
 from statistics import fmean
 from typing import Any, NamedTuple
 
 from tqdm.auto import tqdm
 
-from labkit.checks import expect, is_integer, is_number
+from labkit.checks import expect, is_integer
 from labkit.engine import KINDS
 from labkit.instruments import laws, measure
 from labkit.instruments.laws import Demands
-from labkit.instruments.measure import Alone, Iterators, Model, together
+from labkit.instruments.measure import Alone, Iterators, Model, Watch, together
+from labkit.instruments.report import Report, Row, best_of, expect_seconds
 from labkit.machine import usable_cores
-from labkit.queue_runner import QueueRunner
 
 _SERIAL = next(iter(KINDS))  # one worker of this kind is the serial loop
 _ROUNDS = 2
 _STARTS = 4  # what starting the workers takes, in runs
-_NOISE = 0.06
 
 Setting = tuple[str, int]  # kind and number of workers
-
-
-@dataclass
-class Row:
-    """One setting: its predicted steps/s with a range, and what was measured, if it was."""
-
-    workers: str
-    n: int
-    predicted: float
-    low: float
-    high: float
-    bound_by: str
-    measured: float | None = None
-
-
-@dataclass
-class Report:
-    """The diagnosis. Show it in a notebook, or print it.
-
-    Attributes:
-        verdict: one sentence: what bounds the training, and by how much.
-        nature: what the generator does: "waits", "holds the GIL", "uses all cores" or "computes
-            outside the GIL"; "computes" where threads were not considered.
-        rows: predicted steps/s for each kind and number of workers.
-        best: the recommended row.
-        speed_up: predicted rate of `best` over that of the plain serial loop.
-        model_rate, serial_rate: steps/s of the model alone, and of generator and model in turn.
-        seconds: what the diagnosis took.
-    """
-
-    verdict: str
-    nature: str
-    rows: list[Row]
-    best: Row
-    speed_up: float
-    model_rate: float
-    serial_rate: float
-    demands: dict[str, Demands]
-    seconds: float
-    iterator: Iterators = field(repr=False)
-    model: Model = field(repr=False)
-    batch_size: int = 0
-
-    def runner(self, **options: Any) -> QueueRunner:
-        """A `QueueRunner` as recommended; `options` go to its constructor and win."""
-        chosen = {"batch_size": self.batch_size, "n_workers": self.best.n}
-        return QueueRunner(self.iterator, **{**chosen, "workers": self.best.workers, **options})
-
-    def check(self, seconds: float = 4.0) -> list[Row]:
-        """Runs the recommended setting and the nearest number of each kind beside it, and returns
-        the rows with `measured` set.
-
-        The model gets its state back afterwards, or `restore` is called, as for `diagnose`.
-
-        Raises:
-            ValueError: seconds, for each setting, is not above 0.
-            WorkerError: the iterator failed.
-        """
-        _expect_seconds("check", seconds)
-        others = sorted(
-            (row for row in self.rows if row is not self.best),
-            key=lambda row: (row.workers == self.best.workers, -abs(math.log(row.n / self.best.n))),
-        )
-        # The last of each kind wins, which is the nearest in number.
-        picked = [self.best, *{row.workers: row for row in others}.values()]
-        with self.model.kept():
-            for row in picked:
-                row.measured = self._measure(row, seconds)
-        return picked
-
-    def _measure(self, row: Row, seconds: float) -> float:
-        return together(self.iterator, self.model, row.workers, row.n, self.batch_size, seconds)
-
-    def plot(self) -> Any:
-        """Predicted steps/s over the number of workers, with what was measured as points."""
-        from labkit.instruments import plots
-        from labkit.machine import describe_machine
-
-        return plots.diagnosis(self, describe_machine())
-
-    @property
-    def note(self) -> str:
-        """That a callable step was really taken, and how often, if nothing puts that right."""
-        if self.model.puts_back:
-            return ""
-        return (
-            f"Your step was really taken, {self.model.taken:,} times, and has trained whatever it "
-            "trains. Give diagnose(..., restore=) a function that puts that back."
-        )
-
-    def __str__(self) -> str:
-        lines = [self.verdict, *([self.note] if self.note else []), ""]
-        lines.append("workers   n   steps/s predicted      measured   bound by")
-        for row in self.rows:
-            mark = "<- recommended" if row is self.best else ""
-            measured = f"{row.measured:8.1f}" if row.measured else " " * 8
-            lines.append(
-                f"{row.workers:8}{row.n:3}   {row.predicted:8.1f} ({row.low:.0f} to {row.high:.0f})"
-                f"{'':3}{measured}   {row.bound_by} {mark}"
-            )
-        return "\n".join(lines)
-
-    def _repr_html_(self) -> str:
-        bold = " style='font-weight:bold'"
-        cells = "".join(
-            f"<tr{bold if row is self.best else ''}><td>{row.workers}</td>"
-            f"<td>{row.n}</td><td>{row.predicted:.1f}</td><td>{row.low:.0f} to {row.high:.0f}</td>"
-            f"<td>{'' if row.measured is None else f'{row.measured:.1f}'}</td>"
-            f"<td>{row.bound_by}</td></tr>"
-            for row in self.rows
-        )
-        note = f"<p>{html.escape(self.note)}</p>" if self.note else ""
-        picture = io.BytesIO()
-        self.plot().savefig(picture, format="png")
-        image = base64.b64encode(picture.getvalue()).decode()
-        return (
-            f"<p><b>{html.escape(self.verdict)}</b></p>{note}<table><tr><th>workers</th><th>n</th>"
-            "<th>steps/s predicted</th><th>range</th><th>measured</th><th>bound by</th></tr>"
-            f'{cells}</table><img style="max-width:100%" src="data:image/png;base64,{image}">'
-        )
 
 
 def diagnose(
@@ -190,7 +64,7 @@ def diagnose(
         ValueError: another argument is not as above.
         WorkerError: the iterator failed; its traceback is in the message.
     """
-    _expect_seconds("diagnose", seconds)
+    expect_seconds("diagnose", seconds)
     expect(
         batch_size is None or is_integer(batch_size, 1),
         "diagnose: batch_size must be None or an integer >= 1",
@@ -212,12 +86,8 @@ def diagnose(
         # Runs of the generator, 2 of the model, and up to 8 settings of both, in rounds.
         slot = seconds / (6 + 8 * _ROUNDS + _STARTS)
         with runs.kept():
-            measured = _measure(iterator, runs, repeated, size, kinds, slot, bar)
-    return _report(measured, began, iterator, runs, size)
-
-
-def _expect_seconds(who: str, seconds: Any) -> None:
-    expect(is_number(seconds) and seconds > 0, f"{who}: seconds must be a number > 0", seconds)
+            measured = _measure(iterator, runs, repeated, size, kinds, slot, began + seconds, bar)
+    return report_of(measured, size, time.monotonic() - began, iterator, runs, repeated)
 
 
 def _kinds(workers: Any) -> list[str]:
@@ -230,20 +100,14 @@ def _kinds(workers: Any) -> list[str]:
     return [kind for kind in KINDS if kind in given]
 
 
-def _named(kind: str, n: int) -> str:
-    return f"{n} {KINDS[kind].plural if n > 1 else kind}"
-
-
-class _Measured(NamedTuple):
-    """What `diagnose` measured: the generator alone; why a kind cannot be had; seconds per step of
-    the model at the start and at the end; steps/s of both together."""
+class Measured(NamedTuple):
+    """What `diagnose` measured: the generator alone; why a kind cannot be had; steps/s of both
+    together; seconds and processor seconds per step of the model, at the start and at the end."""
 
     alone: dict[Setting, Alone]
     problems: dict[str, str]
-    demands: dict[str, Demands]
     together: dict[Setting, list[float]]
-    step: float
-    again: float
+    steps: list[tuple[float, float]]
 
 
 def _measure(
@@ -253,30 +117,32 @@ def _measure(
     size: int,
     kinds: list[str],
     slot: float,
+    until: float,
     bar: tqdm,
-) -> _Measured:
+) -> Measured:
     _say(bar, "model alone")
-    model.run(repeated, 0.2)
-    step, step_cpu = model.run(repeated, slot)
+    model.run(repeated, Watch(0.2))
+    steps = [model.run(repeated, Watch(slot))]
     single, problems = _alone_in_each(iterator, kinds, slot, bar)
-    demands: dict[str, Demands] = {}
-    cpu = size * single[_SERIAL, 1].cpu
-    for kind in kinds:
-        if kind not in problems:
-            one, two = single[kind, 1], single[kind, 2]
-            lock = size / two.rate if two.rate < 1.6 * one.rate else 0.0
-            demands[kind] = Demands(size / one.rate, cpu, lock, step, step_cpu, usable_cores())
-    both: dict[Setting, list[float]] = {
-        (kind, n): [] for kind, need in demands.items() for n in laws.to_try(_counts(kind), need)
-    }
-    bar.total = bar.n + len(both) * _ROUNDS + 1
-    for _ in range(_ROUNDS):
-        for (kind, n), rates in both.items():
-            _say(bar, f"both, {_named(kind, n)}")
-            rates.append(together(iterator, model, kind, n, size, slot))
+    found = Measured(single, problems, {}, steps)
+    took: dict[Setting, float] = {}
+    for again in range(_ROUNDS):
+        # Anew in each round: what was measured may show that other settings are worth a try.
+        needs = demands_of(found, size)
+        tries = [(k, n) for k, need in needs.items() for n in laws.to_try(_counts(k, need), need)]
+        bar.total = bar.n + len(tries) * (_ROUNDS - again) + 1
+        for kind, n in tries:
+            began = time.monotonic()
+            # Processes take long to start on few cores: then once is enough.
+            if again and kind != _SERIAL and began + took.get((kind, n), slot) > until:
+                continue
+            _say(bar, f"both, {n} x {kind}")
+            rate = together(iterator, model, kind, n, size, slot)
+            found.together.setdefault((kind, n), []).append(rate)
+            took[kind, n] = time.monotonic() - began
     _say(bar, "model alone again")
-    again, _ = model.run(repeated, slot)
-    return _Measured(single, problems, demands, both, step, again)
+    steps.append(model.run(repeated, Watch(slot)))
+    return found
 
 
 def _alone_in_each(
@@ -288,7 +154,7 @@ def _alone_in_each(
     for kind, n in dict.fromkeys([(_SERIAL, 1), *((kind, n) for kind in kinds for n in (1, 2))]):
         if kind in problems:
             continue
-        _say(bar, f"generator in {_named(kind, n)}")
+        _say(bar, f"generator in {n} x {kind}")
         try:
             found[kind, n] = measure.alone(iterator, kind, n, seconds)
         except (TypeError, OSError, MemoryError) as error:
@@ -303,38 +169,58 @@ def _say(bar: tqdm, what: str) -> None:
     bar.update()
 
 
-def _counts(kind: str) -> list[int]:
-    return laws.counts(KINDS[kind].limit())
+def _counts(kind: str, need: Demands) -> list[int]:
+    return laws.counts(KINDS[kind].limit(), need)
 
 
-def _report(
-    measured: _Measured, began: float, iterator: Iterators, model: Model, size: int
+def demands_of(measured: Measured, size: int) -> dict[str, Demands]:
+    """What each kind's batch of `size` and step cost, without what the runs of both contradict."""
+    single = measured.alone
+    cpu = size * single[_SERIAL, 1].cpu
+    step, step_cpu = (fmean(values) for values in zip(*measured.steps, strict=True))
+    found = {}
+    for kind in [kind for kind, n in single if n == 2]:
+        one, two = single[kind, 1], single[kind, 2].rate
+        # Of one that costs next to nothing, two gain little since they are handed over in turn.
+        gain = two / one.rate if size * one.own > laws.FREE else 2.0
+        wall = size / one.rate
+        lock, name = laws.turn(wall, cpu, gain, KINDS[kind].shares_lock)
+        found[kind] = Demands(wall, cpu, lock, step, step_cpu, usable_cores(), name)
+    return laws.corrected(found, {key: fmean(rates) for key, rates in measured.together.items()})
+
+
+def report_of(
+    measured: Measured, size: int, seconds: float, iterator: Iterators, model: Model, repeated: Any
 ) -> Report:
-    single, problems, demands, both, step, again = measured
-    margin = _NOISE + abs(again / step - 1)
+    """What the measurements say of batches of `size`."""
+    single, both, demands = measured.alone, measured.together, demands_of(measured, size)
+    runs = [[1 / step for step, _ in measured.steps]]
+    calm, crowd = (
+        laws.noise(
+            runs + [r for (k, n), r in both.items() if laws.contended(n, demands[k]) == crowded]
+        )
+        for crowded in (False, True)
+    )
     rows = []
+    # The fastest seen: where other programs take the cores for a while, a batch that is computed
+    # takes longer, and looks as if it waited.
+    shortest = min(need.wall for need in demands.values())
+    gains: dict[bool, float] = {}
     for kind, need in demands.items():
-        rates = {n: fmean(seen) for (k, n), seen in both.items() if k == kind}
-        made = laws.predict(_counts(kind), need, rates, margin, KINDS[kind].shares_lock)
-        rows += [Row(kind, *numbers) for numbers in made]
-    gains = {
-        KINDS[kind].shares_lock: single[kind, 2].rate / single[kind, 1].rate for kind in demands
-    }
+        rates = {n: seen for (k, n), seen in both.items() if k == kind}
+        numbers = sorted({*_counts(kind, need), *rates})
+        for n, rate, low, high in laws.predict(numbers, need, rates, calm, crowd):
+            rows.append(Row(kind, n, rate, low, high, laws.limit(n, need, rate)))
+        # Both together may show a gain that two alone, for a moment, did not.
+        most = max([single[kind, 2].rate / size, *(fmean(r) for n, r in rates.items() if n > 1)])
+        shares = KINDS[kind].shares_lock
+        gains[shares] = max(most * shortest, 2.0 if shares and not need.lock else 0.0)
     one = single[_SERIAL, 1]
-    nature = laws.nature(one.cpu * one.rate, gains.get(True), gains.get(False))
-    model_rate, wall = 2 / (step + again), size / one.rate
-    serial = 1 / (wall + 1 / model_rate)
-    # The cheapest of those that may well be as good as any: the kinds and numbers stand in order.
-    top = max(row.predicted for row in rows)
-    best = next(row for row in rows if row.high >= top)
-    verdict = laws.verdict(
-        nature, _named(best.workers, best.n), best.predicted, best.bound_by,
-        model_rate, serial, wall,
-    )  # fmt: skip
-    for kind, why in problems.items():
-        first_line = why.split("\n")[0]
-        verdict += f" {KINDS[kind].plural.capitalize()} could not be tried: {first_line}"
+    busy = size * one.cpu / shortest
+    nature = laws.nature(size * one.own, busy, gains.get(True), gains.get(False), usable_cores())
+    step = min(need.step for need in demands.values())
+    wall = min(size * one.own, size / one.rate)  # in a serial loop, where nothing is handed over
     return Report(
-        verdict, nature, rows, best, best.predicted / serial, model_rate, serial, demands,
-        time.monotonic() - began, iterator, model, size,
+        nature, rows, best_of(rows), demands, 1 / step, 1 / (wall + step), wall, seconds,
+        iterator, model, repeated, size, measured.problems,
     )  # fmt: skip

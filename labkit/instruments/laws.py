@@ -3,13 +3,25 @@
 The prediction is the operational laws of queueing (P. J. Denning, J. P. Buzen, "The operational
 analysis of queueing network models", 1978): no rate can exceed any of its asymptotic bounds. Where
 workers and training step get into each other's way the laws are too hopeful, so each kind of
-worker is also run together with the model, in a few numbers, and that corrects them.
+worker is also run together with the model, in a few numbers, and that corrects them. A bound that
+a measurement has passed was wrong, and is not stated any more.
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from statistics import fmean
 
 import numpy as np
+
+GIL, TURNS = "Python's lock", "taking turns"  # why a second worker cannot go on
+CROWDED, HANDING = "each other", "handing over"  # less is reached than any bound says
+FREE = 5e-4  # seconds of a batch, below which handing it over is what costs
+_A_CORE, _AT_MOST = 2, 32  # workers worth considering where they wait
+_WITHDRAWN = 1.15  # times a bound that was inferred: passed by so much, it does not exist
+# What adds to the scatter within a diagnosis, as logarithms: the machine's drift until later, and
+# not to have tried a setting. tests/benchmarks/sweep.py counts what the ranges hold.
+_DRIFT, _UNTRIED = 0.06, 0.08
 
 
 @dataclass
@@ -19,11 +31,12 @@ class Demands:
     Attributes:
         wall: of the generator, per batch, alone in one worker.
         cpu: processor seconds of the generator per batch.
-        lock: seconds per batch during which no second worker of this kind can go on: the inverse
-            of the best rate that several reached. For threads that is chiefly Python's lock.
+        lock: seconds per batch during which no second worker of this kind can go on, see `turn`;
+            0 where none was found.
         step: of the model, per step, on a repeated batch.
         step_cpu: processor seconds of the model per step.
         cores: that this process may use.
+        lock_name: "Python's lock"; or "taking turns", if something else keeps a second one waiting.
     """
 
     wall: float
@@ -32,6 +45,7 @@ class Demands:
     step: float
     step_cpu: float
     cores: int
+    lock_name: str = GIL
 
 
 def bounds(n: int, demands: Demands) -> dict[str, float]:
@@ -39,90 +53,194 @@ def bounds(n: int, demands: Demands) -> dict[str, float]:
     d = demands
     return {
         "the generator": n / d.wall,
-        "Python's lock": 1 / d.lock if n > 1 and d.lock > 0 else np.inf,
+        d.lock_name: 1 / d.lock if n > 1 and d.lock > 0 else np.inf,
         "the cores": d.cores / max(d.cpu + d.step_cpu, 1e-9),
         "the model": 1 / d.step,
     }
 
 
-def counts(limit: int) -> list[int]:
+def turn(wall: float, cpu: float, gain: float, shares_lock: bool) -> tuple[float, str]:
+    """Seconds per batch in which workers wait for one another, and what for; 0.0 for none.
+
+    From `gain`, the rate of two workers over that of one, alone. Two that meet by chance at
+    something which serves one at a time make 2 / (1 + share²) times the rate of one, if it has the
+    share of a batch's time (mean value analysis); two that meet always, fewer. The more hopeful is
+    taken: a bound has to hold.
+    """
+    if gain > 1.6:
+        return 0.0, GIL if shares_lock else TURNS
+    found = wall * math.sqrt(2 / gain - 1) if gain > 1 else wall / gain
+    # Whoever holds Python's lock computes: it is not held for longer than that.
+    if shares_lock and found < 1.5 * cpu:
+        return min(found, cpu), GIL
+    # Processes that compute have the cores to share, which is a bound of its own.
+    return (0.0 if not shares_lock and cpu > 0.5 * wall else found), TURNS
+
+
+def corrected(
+    demands: dict[str, Demands], measured: dict[tuple[str, int], float]
+) -> dict[str, Demands]:
+    """Each kind's demands without what steps/s that were measured, by kind and number of workers,
+    contradict: no bound is below one of these. What was measured too high is lowered; the lock,
+    which was only inferred, is withdrawn where it was passed by far."""
+    best = max(measured.values(), default=0.0)
+    return {
+        kind: _corrected(need, best, {n: rate for (k, n), rate in measured.items() if k == kind})
+        for kind, need in demands.items()
+    }
+
+
+def _corrected(need: Demands, best: float, own: dict[int, float]) -> Demands:
+    busy = min(1.0, need.cores / max(best * (need.cpu + need.step_cpu), 1e-9))
+    several = max((rate for n, rate in own.items() if n > 1), default=0.0)
+    passed = need.lock * several
+    # Two that wait for one another leave less to gain than this, however slow the machine was.
+    grew = several > 1.3 * own.get(2, np.inf)
+    return replace(
+        need,
+        wall=min([need.wall, *(n / rate for n, rate in own.items())]),
+        cpu=need.cpu * busy,
+        lock=0.0 if grew or passed > _WITHDRAWN else need.lock / max(1.0, passed),
+        step=min(need.step, 1 / best) if best else need.step,
+        step_cpu=need.step_cpu * busy,
+    )
+
+
+def counts(limit: int, need: Demands) -> list[int]:
     """Numbers of workers to predict: the powers of two up to the limit, and the limit; 2 at least,
-    since the second worker shows what sharing costs."""
-    most = max(2, limit)
-    return sorted({*(2**k for k in range(most.bit_length())), most})
+    since the second worker shows what sharing costs. More than the limit, up to two a core, where
+    the generator waits so much that they are of use."""
+    # Without the lock, which four workers may refute: they have to be tried.
+    useful = min(math.ceil(_ceiling(1, need) * need.wall), _A_CORE * need.cores, _AT_MOST)
+    most = max(2, limit, 2 ** math.ceil(math.log2(max(1, useful))) if useful > limit else 0)
+    return sorted({*(2**k for k in range(most.bit_length())), max(2, limit)})
 
 
 def _ceiling(n: int, need: Demands) -> float:
     return min(value for name, value in bounds(n, need).items() if name != "the generator")
 
 
-def _contended(n: int, need: Demands) -> bool:
+def contended(n: int, need: Demands) -> bool:
     """Whether more than the generator's own time may decide with n workers."""
-    return n / need.wall > 0.7 * _ceiling(n, need)
+    return n > 1 and n / need.wall > 0.7 * _ceiling(n, need)
 
 
 def to_try(numbers: list[int], need: Demands) -> list[int]:
     """The settings that are worth running together with the model: the first and the last in which
-    workers only wait, and those in which they get into each other's way, up to four times as many
-    as the law finds useful: more bring no news."""
-    free = [n for n in numbers if not _contended(n, need)]
+    workers only wait, and those in which they get into each other's way, up to twice as many as the
+    law finds useful: more bring no news."""
+    free = [n for n in numbers if not contended(n, need)]
     useful = next((n for n in numbers if n / need.wall >= _ceiling(n, need)), numbers[-1])
-    most = 4 * max(2, useful)
+    most = 2 * max(2, useful)
     return sorted({1, *free[-1:], *(n for n in numbers if n not in free and n <= most)})
 
 
+def noise(repeated: Iterable[list[float]]) -> float:
+    """Half the width, as a logarithm, that holds 90 % of single measurements around their mean;
+    `repeated`: rates that were measured several times each, once at least."""
+    logs = [np.log(rates) for rates in repeated]
+    freedom = sum(len(rates) - 1 for rates in logs)
+    squares = sum(float(((rates - rates.mean()) ** 2).sum()) for rates in logs)
+    # Student's t for 5 % on either side: few measurements tell little of their own scatter.
+    student = {1: 6.31, 2: 2.92, 3: 2.35}.get(freedom, 1.645 * (1 + 1.1 / freedom))
+    return student * math.sqrt(squares / freedom)
+
+
 def predict(
-    numbers: list[int], need: Demands, measured: dict[int, float], margin: float, shares_lock: bool
-) -> Iterator[tuple[int, float, float, float, str]]:
+    numbers: list[int],
+    need: Demands,
+    measured: dict[int, list[float]],
+    calm: float,
+    crowd: float,
+) -> Iterator[tuple[int, float, float, float]]:
     """The law for every number of workers, corrected by the rates that were measured together.
 
-    Yields number, steps/s, the least and the most that are likely, and what sets the bound.
+    Yields number, steps/s, and the range that a later measurement is in with 90 %: `calm` and
+    `crowd` are the `noise` of settings that are not `contended`, and of those that are.
     """
     law = {n: min(bounds(n, need).values()) for n in numbers}
-    factors = {n: rate / law[n] for n, rate in measured.items()}
-    crowded = [n for n in factors if n > 1 and _contended(n, need)]
-    free = [n for n in factors if n not in crowded]
+    factors = {n: fmean(rates) / law[n] for n, rates in sorted(measured.items())}
     for n in numbers:
-        known = crowded if n > 1 and _contended(n, need) else free
+        crowded = contended(n, need)
+        # What was tried with other demands in mind may have nothing of the sort: then all of it.
+        known = [k for k in factors if contended(k, need) == crowded] or list(factors)
         factor = float(np.interp(np.log2(n), np.log2(known), [factors[k] for k in known]))
-        by = min(bounds(n, need), key=lambda name: bounds(n, need)[name])
-        in_the_way = by == "the generator" and n > 1 and factor < 0.85 * factors[1]
-        # Workers that have a lock each wait for each other as well: for cores.
-        if in_the_way or by == "Python's lock":
-            by = "Python's lock" if shares_lock else "the cores"
+        scatter = (crowd if crowded else calm) * math.sqrt(1 + 1 / len(measured.get(n, [0])))
+        half = math.hypot(scatter, _DRIFT, 0.0 if n in measured else _UNTRIED)
         rate = law[n] * factor
-        yield n, rate, rate * max(0.0, 1 - margin), rate * (1 + margin), by
+        yield n, rate, rate * math.exp(-half), rate * math.exp(half)
 
 
-def nature(busy: float, sharing: float | None, apart: float | None) -> str:
-    """What the generator does: `busy` cores alone; the gain of a second worker that shares Python's
-    lock, and of one that does not; None where not measured."""
-    if busy < 0.5 and (sharing is None or sharing > 1.4):
-        return "waits"
-    if busy > 1.4 or ((sharing or 1.0) < 1.4 and (apart or 2.0) < 1.3):
+def limit(n: int, need: Demands, rate: float) -> str:
+    """What limits n workers at `rate`: the least bound, or what keeps them away from it."""
+    found = bounds(n, need)
+    least = min(found, key=lambda name: found[name])
+    if rate > 0.85 * found[least]:
+        return least
+    return HANDING if least == "the model" else CROWDED
+
+
+def nature(own: float, busy: float, sharing: float | None, apart: float | None, cores: int) -> str:
+    """What the generator does, as the end of "a generator, which …".
+
+    Args:
+        own: seconds that it takes for a batch, without what handing it over takes.
+        busy: cores that it uses in one worker.
+        sharing, apart: the gain of further workers that share Python's lock, and of such as do
+            not; None where not measured.
+        cores: that there are.
+    """
+    if own < FREE:
+        return "costs next to nothing"
+    if busy > 0.7 * cores:
         return "uses all cores"
+    waits, alike = busy < 0.5, apart is not None and apart < 1.3
     if sharing is None:
-        return "computes"
-    return "holds the GIL" if sharing < 1.4 else "computes outside the GIL"
+        return "makes workers take turns" if alike else "waits" if waits else "computes"
+    if sharing > 1.4:
+        return "waits" if waits else "computes outside the GIL"
+    if alike:
+        return "makes workers take turns"
+    return "makes threads take turns" if waits else "holds the GIL"
+
+
+def leaves(rate: float, model: float, serial: float) -> bool:
+    """Whether no workers are worth it: what they reach, the model alone, a serial loop."""
+    return serial > 0.95 * model or rate < 1.05 * serial
 
 
 def verdict(
     nature: str, setting: str, rate: float, bound_by: str, model: float, serial: float, wall: float
 ) -> str:
-    """One sentence: what bounds the training, and by how much. `rate`, `model` and `serial`, in
+    """A few sentences: what bounds the training, and by how much. `rate`, `model` and `serial`, in
     steps/s, are of the setting, of the model alone and of a serial loop; `wall` as in Demands."""
-    gain = rate / serial
-    if serial > 0.95 * model or gain < 1.05:
+    turns = ""
+    if nature == "makes threads take turns":
+        turns = " Threads take turns at it, as under a lock of its own; processes do not."
+    if leaves(rate, model, serial):
+        lost = 1 - rate / serial
+        loss = f" {setting} would make about {rate:.1f} steps/s"
+        loss += f": handing the batches over costs {lost:.0%}." if lost > 0.02 else ", no more."
+        if serial > 0.95 * model:
+            return (
+                f"Model-bound: the model takes {model:.1f} steps/s, and the generator, which "
+                f"{nature}, keeps up with {1 / wall:.0f} batches/s. Speed-up to be had: none, the "
+                f"model is the bottleneck. Leave your loop as it is.{loss}"
+            )
         return (
-            f"Model-bound: the model takes {model:.1f} steps/s, and the generator, which {nature}, "
-            f"keeps up with {1 / wall:.0f} batches/s. Speed-up to be had: none, the model is the "
-            "bottleneck."
+            f"Input-bound, but not by a lack of workers: the model could take {model:.1f} steps/s, "
+            f"but with this generator, which {nature}, a serial loop makes {serial:.1f}."
+            f"{turns} Speed-up to be had from workers: none. Leave your loop as it is, and make "
+            f"the generator cheaper.{loss}"
         )
     left = ""
     if rate < 0.9 * model:
-        left = f" Then {bound_by} will be the limit, at {rate / model:.0%} of the model's own rate."
+        then = f"{bound_by} will be the limit"
+        if bound_by == CROWDED:
+            then = "workers and step will be in each other's way"
+        left = f" Then {then}, at {rate / model:.0%} of the model's own rate."
     return (
         f"Input-bound: the model could take {model:.1f} steps/s, but with this generator, "
-        f"which {nature}, a serial loop makes {serial:.1f} ({model / serial:.1f}x less). "
-        f"{setting}: about {rate:.1f} steps/s, {gain:.1f}x faster.{left}"
+        f"which {nature}, a serial loop makes {serial:.1f} ({model / serial:.1f}x less).{turns} "
+        f"{setting}: about {rate:.1f} steps/s, {rate / serial:.1f}x faster.{left}"
     )

@@ -21,6 +21,7 @@ from labkit.queue_runner import QueueRunner
 from labkit.quiet import tf
 
 _PATIENCE = 3.0  # seconds to wait until every worker delivers
+_SETTLE = 0.8  # seconds to wait until what they had stored is used up
 _TIMEOUT = 60.0  # seconds for a batch of the generator alone
 _NOTHING = "diagnose: the iterator ended before its first batch, expected at least one."
 _ABSENT = object()
@@ -43,10 +44,12 @@ def repeat(batch: Any, spec: Spec, size: int) -> tf.data.Dataset:
 
 
 class Alone(NamedTuple):
-    """The generator without a model: samples/s, and processor seconds per sample."""
+    """The generator without a model: samples/s, processor seconds per sample, and the seconds per
+    sample that the iterator itself takes, without what handing the batches over takes."""
 
     rate: float
     cpu: float
+    own: float
 
 
 def alone(iterator: Iterators, kind: str, n: int, seconds: float) -> Alone:
@@ -54,7 +57,7 @@ def alone(iterator: Iterators, kind: str, n: int, seconds: float) -> Alone:
     pool = KINDS[kind].pool(Job(IteratorFactory(iterator, n), timeout=_TIMEOUT))
     heard: set[int] = set()
     ended: set[int] = set()
-    began, first, cpu, chunks, samples = time.monotonic(), 0.0, 0.0, 0, 0
+    began, first, cpu, own, chunks, samples = time.monotonic(), 0.0, 0.0, 0.0, 0, 0
     nothing = True  # came in this pass
     try:
         pool.set_active(n)
@@ -66,6 +69,7 @@ def alone(iterator: Iterators, kind: str, n: int, seconds: float) -> Alone:
                 nothing = False
                 if first:
                     chunks, samples = chunks + 1, samples + len(message.arrays[0])
+                    own += message.seconds
                     if now - first > seconds and chunks >= 3 * n:
                         break
                 elif len(heard) == n or now - began > _PATIENCE:
@@ -83,7 +87,7 @@ def alone(iterator: Iterators, kind: str, n: int, seconds: float) -> Alone:
         used = time.process_time() - cpu
     finally:
         pool.stop()
-    return Alone(samples / (now - first), used / samples)
+    return Alone(samples / (now - first), used / samples, own / samples)
 
 
 def together(
@@ -99,8 +103,11 @@ def together(
         lambda worker, n_workers, epoch: made(worker, epoch), size, n, **options, timeout=120
     ) as runner:
         batches = runner.dataset().repeat()
-        # A thread has two batches ready beside those in the queue; they say nothing of its speed.
-        step, _ = model.run(batches, seconds, lambda: len(runner.delivering) == n, 2 * n + 4)
+        # What they have ready beside the 4 in the queue, up to 16 batches in the ring of a process,
+        # says nothing of their speed.
+        ahead = n * (2 if KINDS[kind].shares_lock else 16)
+        watch = Watch(seconds, lambda: len(runner.delivering) == n, ahead + 4, n + 2)
+        step, _ = model.run(batches, watch)
     return 1 / step
 
 
@@ -146,14 +153,7 @@ class Model:
             if self.restore is not None:
                 self.restore()
 
-    def run(
-        self,
-        dataset: Any,
-        seconds: float,
-        ready: Callable[[], bool] = lambda: True,
-        stored: int = 2,
-    ) -> tuple[float, float]:
-        watch = Watch(seconds, ready, stored)
+    def run(self, dataset: Any, watch: "Watch") -> tuple[float, float]:
         self._walk(dataset, watch.enough)
         return watch.result()
 
@@ -243,23 +243,36 @@ class _KerasModel(Model):
 
 
 class Watch:
-    """Decides when there were steps enough: counted from when all workers deliver and what they
-    had `stored` is used up."""
+    """Decides when there were steps enough, and `least` of them: counted from when all workers
+    deliver and what they had `stored` is used up."""
 
-    def __init__(self, seconds: float, ready: Callable[[], bool], stored: int) -> None:
-        self.seconds, self.ready, self.stored = seconds, ready, stored
-        self.began, self.steps = time.monotonic(), -stored
+    def __init__(
+        self,
+        seconds: float,
+        ready: Callable[[], bool] = lambda: True,
+        stored: int = 2,
+        least: int = 8,
+    ) -> None:
+        self.seconds, self.ready, self.least = seconds, ready, max(8, least)
+        self.began, self.left, self.steps = time.monotonic(), stored, 0
+        self.since = 0.0  # all deliver
         self.first = self.last = (0.0, 0.0)
 
     def enough(self) -> bool:
         # Taken here, since the end of an iteration may have to wait for one more batch.
         self.last = now, _ = time.monotonic(), time.process_time()
-        if self.steps == -self.stored and not self.ready() and now - self.began < _PATIENCE:
+        if not self.since:
+            if not self.ready() and now - self.began < _PATIENCE:
+                return False
+            self.since = now
+        if self.left:
+            # Where the model is slow it never uses up what is stored, and that does no harm.
+            self.left = self.left - 1 if now - self.since < _SETTLE else 0
+            if not self.left:
+                self.first = self.last
             return False
         self.steps += 1
-        if self.steps == 0:
-            self.first = self.last
-        return self.steps >= max(8, self.stored / 2) and now - self.first[0] > self.seconds
+        return self.steps >= self.least and now - self.first[0] > self.seconds
 
     def result(self) -> tuple[float, float]:
         if self.steps < 1:

@@ -299,7 +299,8 @@ def keep(figure: Figure, name: str, data: Mapping[str, Any]) -> None:
 
 
 def diagnosis(report: Any, machine: Mapping[str, Any] | None = None) -> Figure:
-    """Predicted steps/s of a `Report` over workers, its range, and measured points."""
+    """Predicted steps/s of a `Report` over workers, its range, and measured points. Logarithmic
+    where the model's own rate is so far off that it would flatten all else."""
     figure, ax = _figure()
     kinds = dict.fromkeys(row.workers for row in report.rows)
     colours = (COMPUTE, OTHER, "#CC79A7", "#56B4E9")
@@ -309,25 +310,27 @@ def diagnosis(report: Any, machine: Mapping[str, Any] | None = None) -> Figure:
         low, high = [row.low for row in rows], [row.high for row in rows]
         ax.fill_between(counts, low, high, color=colour, alpha=0.2)
         predicted = [row.predicted for row in rows]
-        ax.plot(counts, predicted, color=colour, marker=marker, label=f"{kind}, predicted")
-        seen = [row for row in rows if row.measured is not None]
-        ax.plot(
-            [r.n for r in seen],
-            [r.measured for r in seen],
-            "x",
-            color="#D55E00",
-            markersize=10,
-            markeredgewidth=2,
-            label=f"{kind}, measured" if seen else None,
-        )
+        style = {"marker": marker, "markerfacecolor": "white"}
+        ax.plot(counts, predicted, color=colour, label=f"{kind}, predicted, 90 %", **style)
+        if seen := {row.n: row.measured for row in rows if row.measured is not None}:
+            points = {"color": "#D55E00", "markersize": 9, "markeredgecolor": BOUND, "zorder": 3}
+            label = f"{kind}, measured"
+            ax.plot(list(seen), list(seen.values()), marker, label=label, **points)
     ax.axhline(report.model_rate, color=BOUND, linestyle="--", label="the model alone")
-    ax.axhline(report.serial_rate, color=BOUND, linestyle=":", label="serial loop")
+    ax.axhline(report.serial_rate, color=BOUND, linestyle=":", label="your loop")
     ax.set_xscale("log", base=2)
     ticks = sorted({row.n for row in report.rows})
     ax.set_xticks(ticks, [str(n) for n in ticks])
-    ax.set_ylim(bottom=0)
-    best = f"{report.best.n} x {report.best.workers}"
-    title = f"{best}: about {report.speed_up:.1f}x the serial loop"
+    if report.model_rate > 3 * max(row.predicted for row in report.rows):
+        ax.set_yscale("log")
+        ax.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        ax.yaxis.set_minor_formatter(lambda value, _: "")
+        ax.yaxis.set_major_locator(LogLocator(10, (1, 2, 5)))
+    else:
+        ax.set_ylim(bottom=0)
+    title = f"{report.best.name}: about {report.speed_up:.1f}x the serial loop"
+    if report.leave:
+        title = f"Leave your loop: {title[0].lower()}{title[1:]}"
     ax.set(xlabel="workers", ylabel="steps per second", title=title)
     ax.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False)
     _machine(figure, machine)

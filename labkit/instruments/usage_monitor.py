@@ -70,6 +70,11 @@ class UsageMonitor:
             raise ValueError(
                 f"UsageMonitor: interval must be a number of seconds above 0, got {interval!r}"
             )
+        if not isinstance(probes or {}, Mapping):
+            raise ValueError(
+                "UsageMonitor: probes must map a name to a function, such as "
+                f'{{"queue depth": runner.depth}}, got {probes!r}'
+            )
         for name, probe in (probes or {}).items():
             if not callable(probe):
                 raise ValueError(f"UsageMonitor: probe {name!r} must be a function, got {probe!r}")
