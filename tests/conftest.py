@@ -17,6 +17,20 @@ def _labkit_threads() -> set[threading.Thread]:
     return {thread for thread in threading.enumerate() if thread.name.startswith("labkit")}
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """Of tests run two at a time (`-n 2`), those of a file stay together, in one process."""
+    from xdist.scheduler import LoadFileScheduling
+
+    config.option.loadscopereorder = False
+    return LoadFileScheduling(config, log)
+
+
+def pytest_collection_modifyitems(items):
+    """The notebooks first, which take longest: the other process has the rest meanwhile."""
+    items.sort(key=lambda item: "test_notebooks" not in item.nodeid)
+
+
 @pytest.fixture(autouse=True)
 def nothing_left_running():
     """No test may leave one of labkit's threads, or a child process, behind."""
