@@ -714,7 +714,7 @@ def test_where_the_handing_over_loses_more_than_workers_bring_the_advice_is_to_l
     assert {row.bound_by for row in report.rows} == {"handing over"}
     (recommended,) = [line for line in str(report).splitlines() if "recommended" in line]
     assert recommended.startswith("your loop") and "leave your loop" in recommended
-    assert report.plot().axes[0].get_title().startswith("Leave your loop")
+    assert report.plot().get_suptitle().startswith("Leave your loop")
 
 
 def test_where_workers_bring_nothing_though_the_model_waits_it_says_so(monkeypatch):

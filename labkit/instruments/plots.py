@@ -6,6 +6,7 @@ finding; the line below a figure names the machine that measured it.
 
 import json
 import os
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -30,11 +31,17 @@ def _figure(width: float = 8, height: float = 3.6, **kwargs: Any) -> tuple[Figur
     return figure, axes
 
 
-def _machine(figure: Figure, machine: Mapping[str, Any] | None) -> None:
+def _texts(figure: Figure, title: str, machine: Mapping[str, Any] | None) -> None:
+    figure.suptitle(title, wrap=True)  # the figure's, not an axes': that wraps at the wrong width
     if machine:
         cores = "1 core" if machine["cores"] == 1 else f"{machine['cores']} cores"
         text = f"Measured on {machine['processor']}, {cores}, TensorFlow {machine['tensorflow']}"
         figure.supxlabel(text, fontsize=8, color="0.35", x=0.01, ha="left")
+
+
+def _wrapped(labels: Mapping[str, Any]) -> list[str]:
+    """Labels below bars, in as many lines as it takes to stay apart beside a legend."""
+    return [textwrap.fill(label, max(8, 48 // len(labels))) for label in labels]
 
 
 def save(figure: Figure, path: str | Path) -> None:
@@ -70,9 +77,9 @@ def timeline(
             )
     ax.set_yticks(range(len(runs)), list(runs))
     ax.invert_yaxis()
-    ax.set(xlabel=f"time over {steps} steps (ms)", title=title)
+    ax.set(xlabel=f"time over {steps} steps (ms)")
     ax.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False)
-    _machine(figure, machine)
+    _texts(figure, title, machine)
     return figure
 
 
@@ -103,8 +110,8 @@ def epochs(history: Any, title: str | None = None, bound: float | None = None) -
     axes[0, -1].legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False)
     share = sum(e.waiting for e in first.epochs) / sum(e.seconds for e in first.epochs)
     middle = np.median([e.seconds for e in first.epochs])
-    figure.suptitle(title or f"An epoch takes {middle:.3g} s, {share:.0%} of it waiting for data")
-    _machine(figure, first.machine)
+    title = title or f"An epoch takes {middle:.3g} s, {share:.0%} of it waiting for data"
+    _texts(figure, title, first.machine)
     return figure
 
 
@@ -144,9 +151,9 @@ def sweep(
     ax.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
     ax.yaxis.set_minor_formatter(lambda value, _: "")
     ax.yaxis.set_major_locator(LogLocator(10, (1, 2, 5)))
-    ax.set(xlabel="workers", ylabel="steps per second", title=title)
+    ax.set(xlabel="workers", ylabel="steps per second")
     ax.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False)
-    _machine(figure, machine)
+    _texts(figure, title, machine)
     return figure
 
 
@@ -159,15 +166,15 @@ def bars(
 ) -> Figure:
     """One bar for each label, with its value written on it and the bound as a line."""
     figure, ax = _figure(max(6.0, 1.3 * len(values)), 3.6)
-    drawn = ax.bar(list(values), list(values.values()), color=COMPUTE, width=0.6)
+    drawn = ax.bar(_wrapped(values), list(values.values()), color=COMPUTE, width=0.6)
     for text in ax.bar_label(drawn, fmt="%.3g", padding=2):
         text.set_bbox({"color": "white", "pad": 1})  # the bound may run through it
     if bound is not None:
         ax.axhline(bound, color=BOUND, linestyle="--", label=f"bound {bound:.3g}")
         ax.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False)
-    ax.set(ylabel=ylabel, title=title)
+    ax.set(ylabel=ylabel)
     ax.margins(y=0.15)
-    _machine(figure, machine)
+    _texts(figure, title, machine)
     return figure
 
 
@@ -185,13 +192,13 @@ def stacked(
     base = np.zeros(len(bars))
     for part in parts:
         heights = np.array([bar[part] for bar in bars.values()])
-        ax.bar(list(bars), heights, 0.6, base, label=part, color=colours.get(part, COMPUTE))
+        ax.bar(_wrapped(bars), heights, 0.6, base, label=part, color=colours.get(part, COMPUTE))
         base += heights
     if bound is not None:
         ax.axhline(bound, color=BOUND, linestyle="--", label=f"bound {bound:.3g}")
-    ax.set(ylabel=ylabel, title=title)
+    ax.set(ylabel=ylabel)
     ax.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False)
-    _machine(figure, machine)
+    _texts(figure, title, machine)
     return figure
 
 
@@ -212,11 +219,11 @@ def grouped(
         ax.bar_label(drawn, fmt="%.2g", padding=2, fontsize=8)
     if bound is not None:
         ax.axhline(bound, color=BOUND, linestyle="--", label=f"bound {bound:.3g}")
-    ax.set_xticks(range(len(groups)), list(groups))
-    ax.set(ylabel=ylabel, title=title)
+    ax.set_xticks(range(len(groups)), _wrapped(groups))
+    ax.set(ylabel=ylabel)
     ax.margins(y=0.15)
     ax.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False)
-    _machine(figure, machine)
+    _texts(figure, title, machine)
     return figure
 
 
@@ -234,10 +241,10 @@ def series(
         ax.plot(x, y, label=label)
     for (label, value), style in zip((bounds or {}).items(), ("--", ":", "-."), strict=False):
         ax.axhline(value, color=BOUND, linestyle=style, linewidth=1, label=label)
-    ax.set(xlabel=xlabel, ylabel=ylabel, title=title)
+    ax.set(xlabel=xlabel, ylabel=ylabel)
     ax.set_ylim(bottom=0)
     ax.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False)
-    _machine(figure, machine)
+    _texts(figure, title, machine)
     return figure
 
 
@@ -283,8 +290,7 @@ def usage(monitors: Any, title: str = "", machine: Mapping[str, Any] | None = No
     for ax, name in zip(axes[:, 0], ("CPU (%)", "GPU (%)", *probes), strict=True):
         ax.set_ylabel(name)
         ax.set_ylim(bottom=0)
-    figure.suptitle(title)
-    _machine(figure, machine)
+    _texts(figure, title, machine)
     return figure
 
 
@@ -331,7 +337,7 @@ def diagnosis(report: Any, machine: Mapping[str, Any] | None = None) -> Figure:
     title = f"{report.best.name}: about {report.speed_up:.1f}x the serial loop"
     if report.leave:
         title = f"Leave your loop: {title[0].lower()}{title[1:]}"
-    ax.set(xlabel="workers", ylabel="steps per second", title=title)
+    ax.set(xlabel="workers", ylabel="steps per second")
     ax.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False)
-    _machine(figure, machine)
+    _texts(figure, title, machine)
     return figure
