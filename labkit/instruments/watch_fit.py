@@ -1,6 +1,7 @@
 """The callback behind `labkit.watch()`: takes each batch, with a clock, ahead of Keras's step."""
 
 import itertools
+import statistics
 import time
 import weakref
 from collections.abc import Callable
@@ -10,6 +11,7 @@ from labkit.instruments.waiting import NEXT_STEP, Waiting, total, verdict
 from labkit.quiet import tf
 
 _ON_A_GPU_EVERY = 10
+_TAKES = 30  # some 10 ms
 
 
 class FitWatch(tf.keras.callbacks.Callback):
@@ -35,6 +37,7 @@ class FitWatch(tf.keras.callbacks.Callback):
         self._line = ""
         self._calls = 0
         self._ended = 0.0
+        self._take = 0.0
         self._functions: dict[int, Callable[..., Any]] = {}
 
     def on_train_begin(self, logs: Any = None) -> None:
@@ -102,6 +105,9 @@ class FitWatch(tf.keras.callbacks.Callback):
         waited = time.perf_counter() - asked
         if not batches:
             raise StopIteration
+        if first:
+            self._take = _seconds_to_take(batches[0], iterator)
+        waited = max(0.0, waited - len(batches) * self._take)
         if len(batches) not in self._functions:
             self._functions[len(batches)] = self._function(len(batches), iterator.element_spec)
         result = self._functions[len(batches)](*batches)
@@ -114,6 +120,19 @@ class FitWatch(tf.keras.callbacks.Callback):
                 len(batches), self._ended - began, waited if measured else None, took
             )
         return result
+
+
+def _seconds_to_take(batch: Any, iterator: Any) -> float:
+    """What it takes to get a batch that is ready. That is no waiting: Keras does it, too."""
+    if not isinstance(iterator, tf.data.Iterator):
+        return 0.0  # a strategy's, whose batches lie on several devices
+    ready = iter(tf.data.Dataset.from_tensors(batch).repeat())
+    seconds = []
+    for _ in range(_TAKES):
+        began = time.perf_counter()
+        next(ready)
+        seconds.append(time.perf_counter() - began)
+    return statistics.median(seconds)
 
 
 class _Tap:
