@@ -21,9 +21,9 @@ def watch(iterable: Iterable[Any] | None = None) -> Any:
 
     Waiting is the time until the next batch is there, less what taking one that is ready costs;
     Keras prefetches, so data that take no longer than the step cost nothing. It is not all that
-    data cost: producers that hold Python's lock slow the step itself, which `diagnose` measures. On a GPU, where a step goes on while Python has long gone ahead, every tenth
-    step is measured, with the device waited for before and after it; in a loop of your own,
-    wait for it yourself.
+    data cost: producers that hold Python's lock slow the step itself, which `diagnose` measures.
+    On a GPU, where a step goes on while Python has long gone ahead, every tenth step is measured,
+    with the device waited for before and after it; in a loop of your own, wait for it yourself.
 
     Args:
         iterable: of batches, for a loop of your own; without it the result is a Keras callback.
