@@ -13,6 +13,7 @@ import labkit
 from labkit import MnistDataGenerator, WorkerError
 from labkit.engine import KINDS
 from labkit.instruments.audit import Audit
+from tests.producers import taking_turns
 
 # By value: a worker process that imported this file would import TensorFlow with it.
 cloudpickle.register_pickle_by_value(sys.modules[__name__])
@@ -147,18 +148,8 @@ def test_audit_counts_what_workers_deliver_that_do_not_share_a_changing_data_set
 
 
 def test_audit_does_not_blame_workers_that_take_turns_at_one_iterator():
-    turns = iter([(np.arange(8 * i, 8 * i + 8),) for i in range(5)])  # no two workers' parts equal
-    lock = threading.Lock()
-
-    def locked():
-        while True:
-            with lock:
-                batch = next(turns, None)
-            if batch is None:
-                return
-            yield batch
-
-    seen = labkit.audit(locked, n_workers=2)
+    batches = [(np.arange(8 * i, 8 * i + 8),) for i in range(5)]  # no two workers' parts equal
+    seen = labkit.audit(taking_turns(batches), n_workers=2)
     assert (seen.delivered, seen.repeated) == (40, 0)
     assert seen.verdict.startswith("No sample came twice") and "n_workers" not in seen.verdict
 

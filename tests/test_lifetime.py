@@ -4,10 +4,8 @@ import gc
 import os
 import subprocess
 import sys
-import textwrap
 import threading
 import time
-from pathlib import Path
 
 import cloudpickle
 import numpy as np
@@ -18,8 +16,8 @@ from labkit import QueueRunner, WorkerError
 from labkit.engine.batches import Spec
 from labkit.engine.tf_queue import EagerQueue, Shape
 from labkit.quiet import tf
+from tests.programs import run_program
 
-ROOT = Path(__file__).parents[1]
 SMALL = {"capacity": 64, "min_after_dequeue": 8}
 # A worker process that had to import this file would import TensorFlow with it.
 cloudpickle.register_pickle_by_value(sys.modules[__name__])
@@ -171,16 +169,6 @@ def test_the_queue_of_a_pass_costs_no_memory(seed, request):
 # -- programs ------------------------------------------------------------------------------------
 
 
-def run_program(text, tmp_path, **environment):
-    script = tmp_path / "program.py"
-    script.write_text(textwrap.dedent(text))
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), **environment}
-    environment.pop("PYTHONUNBUFFERED", None)
-    return subprocess.run(
-        [sys.executable, str(script)], capture_output=True, text=True, timeout=100, env=environment
-    )
-
-
 def test_a_program_that_never_stops_its_runners_ends_quietly(tmp_path):
     done = run_program(
         """
@@ -236,7 +224,6 @@ def test_what_a_worker_process_prints_appears_when_it_is_printed(tmp_path):
 
 def with_a_child(seconds):
     def factory():
-        import subprocess
 
         child = subprocess.Popen(["sleep", str(seconds)])
         while True:
@@ -249,7 +236,6 @@ def test_a_killed_worker_is_told_at_once_though_its_child_lives():
     def dies():
         import os
         import signal
-        import subprocess
 
         subprocess.Popen(["sleep", "600"], close_fds=False)
         yield (np.zeros(8),)

@@ -1,13 +1,9 @@
 """Each iteration over dataset() is a fresh pass, whoever iterates: a loop, take, Keras."""
 
 import itertools
-import os
-import subprocess
-import sys
 import threading
 import time
 import warnings
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,6 +11,7 @@ import pytest
 from labkit import MnistDataGenerator, QueueRunner, WorkerError
 from labkit.quiet import tf
 from tests.consumers import in_graph
+from tests.programs import run_program
 
 v1 = tf.compat.v1
 SMALL = {"capacity": 64, "min_after_dequeue": 10}
@@ -369,16 +366,7 @@ print(Steps.counts)
 
 
 def test_under_a_mirrored_strategy_each_epoch_is_whole(tmp_path):
-    script = tmp_path / "script.py"
-    script.write_text(STRATEGY)
-    done = subprocess.run(
-        [sys.executable, str(script)],
-        cwd=Path(__file__).parents[1],
-        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])},
-        capture_output=True,
-        text=True,
-        timeout=100,
-    )
+    done = run_program(STRATEGY, tmp_path)
     assert done.stdout.splitlines()[-1:] == [str([20] * 8)], done.stdout + done.stderr
 
 

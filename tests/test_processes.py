@@ -3,7 +3,6 @@
 import itertools
 import os
 import re
-import subprocess
 import sys
 import threading
 import time
@@ -18,8 +17,8 @@ from labkit.engine.processes import ProcessPool
 from labkit.quiet import tf
 from labkit.workloads import busy_python
 from tests.consumers import in_dataset
+from tests.programs import run_program
 
-ROOT = Path(__file__).parents[1]
 SMALL = {"capacity": 64, "min_after_dequeue": 0}
 
 
@@ -65,25 +64,14 @@ EXPECTED = str(sorted(3 * (number // 2) for number in range(16)))
 
 def test_a_class_of_the_main_script_travels_without_a_main_guard(tmp_path):
     """Like a notebook: the script has no `if __name__ == "__main__"` and must not run again."""
-    script = tmp_path / "script.py"
-    script.write_text(NOTEBOOK_CELL)
-    done = subprocess.run(
-        [sys.executable, str(script)],
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
+    done = run_program(NOTEBOOK_CELL, tmp_path)
     assert done.stdout.splitlines() == [EXPECTED], done.stderr
 
 
 def test_it_works_inside_a_child_of_multiprocessing(tmp_path):
-    script = tmp_path / "script.py"
     head, tail = NOTEBOOK_CELL.split("with labkit")
     cell = f"{head}def main():\n    with labkit{tail}".replace("    print", "        print")
-    script.write_text(
-        cell
-        + """
+    main = """
 if __name__ == "__main__":
     import multiprocessing
 
@@ -91,14 +79,7 @@ if __name__ == "__main__":
     child.start()
     child.join()
 """
-    )
-    done = subprocess.run(
-        [sys.executable, str(script)],
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
+    done = run_program(cell + main, tmp_path)
     assert done.stdout.splitlines() == [EXPECTED], done.stderr
 
 

@@ -20,6 +20,7 @@ import labkit
 from labkit import Component, MnistDataGenerator, QueueRunner, WorkerError
 from labkit.quiet import tf
 from tests.consumers import in_dataset, in_graph
+from tests.producers import taking_turns
 
 v1 = tf.compat.v1
 SMALL = {"capacity": 64, "min_after_dequeue": 10}
@@ -476,21 +477,6 @@ def test_several_workers_on_one_finite_iterator_are_warned_about(consume):
         batches = consume(QueueRunner(factory, 8, 3, **SMALL))
     counts = Counter(i for index, _ in batches for i in index.tolist())
     assert counts == dict.fromkeys(range(40), 3)
-
-
-def taking_turns(batches):
-    """A factory whose workers take their batches from one iterator."""
-    shared, lock = iter(batches), threading.Lock()
-
-    def factory():
-        while True:
-            with lock:
-                batch = next(shared, None)
-            if batch is None:
-                return
-            yield batch
-
-    return factory
 
 
 @pytest.mark.parametrize("samples", [None, 40])

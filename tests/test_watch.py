@@ -1,11 +1,7 @@
 """`labkit.watch`: what it measures is true, and Keras trains as it does without it."""
 
 import math
-import os
-import subprocess
-import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,6 +11,7 @@ from labkit import QueueRunner
 from labkit.instruments.waiting import Waiting, verdict
 from labkit.instruments.watch_fit import FitWatch, _Tap
 from labkit.quiet import tf
+from tests.programs import run_program
 
 BATCHES, SIZE = 10, 8
 X = np.random.default_rng(0).normal(size=(BATCHES * SIZE, 4)).astype(np.float32)
@@ -216,16 +213,7 @@ print(losses[0] == losses[1], [epoch.steps for epoch in kept.epochs])
 
 
 def test_under_a_mirrored_strategy_the_losses_are_the_same(tmp_path):
-    script = tmp_path / "script.py"
-    script.write_text(STRATEGY)
-    root = str(Path(__file__).parents[1])
-    done = subprocess.run(
-        [sys.executable, str(script)],
-        env={**os.environ, "PYTHONPATH": root},
-        capture_output=True,
-        text=True,
-        timeout=100,
-    )
+    done = run_program(STRATEGY, tmp_path)
     assert done.stdout.splitlines()[-1:] == ["True [10, 11]"], done.stdout + done.stderr
 
 

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from labkit.engine.auto import usable_cores
 from labkit.engine.pool import Pool
 from labkit.engine.processes import ProcessPool
+from labkit.engine.ring import MOST_CHUNKS
 from labkit.engine.threads import ThreadPool
 
 
@@ -32,16 +33,18 @@ class Kind:
         limit: how many n_workers="auto" may use.
         plural: what several are called.
         shares_lock: Python's lock (GIL) is one for them and the training step.
+        ahead: the most chunks that one of them has ready.
     """
 
     pool: type[Pool]
     limit: Callable[[], int]
     plural: str
     shares_lock: bool = False
+    ahead: int = 2
 
 
 # The cheapest first: one worker of it is the serial loop.
 KINDS: dict[str, Kind] = {
     "thread": Kind(ThreadPool, lambda: 32, "threads", shares_lock=True),
-    "process": Kind(ProcessPool, usable_cores, "processes"),
+    "process": Kind(ProcessPool, usable_cores, "processes", ahead=MOST_CHUNKS),
 }

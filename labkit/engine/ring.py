@@ -21,6 +21,7 @@ import numpy as np
 
 from labkit.engine.batches import Arrays, Spec, aligned_copy
 
+MOST_CHUNKS = 16  # in a ring
 _RING_BYTES = 8 << 20
 _LENT_BYTES = 1 << 29
 _MOST_SLOTS = 1 << 16  # a slot's number goes over the wire as two bytes
@@ -58,7 +59,7 @@ class Layout:
             granted = 2 * rows
             lent = max(0, min(kept, _LENT_BYTES // end, _MOST_SLOTS - 2 * granted))
             return cls(1, lent + 2 * granted, granted, lent, end, tuple(offsets))
-        slots = int(np.clip(_RING_BYTES // max(end, 1), 3, 16))
+        slots = int(np.clip(_RING_BYTES // max(end, 1), 3, MOST_CHUNKS))
         return cls(rows, slots, slots, 0, end, tuple(offsets))
 
     @property

@@ -103,10 +103,9 @@ def together(
         lambda worker, n_workers, epoch: made(worker, epoch), size, n, **options, timeout=120
     ) as runner:
         batches = runner.dataset().repeat()
-        # What they have ready beside the 4 in the queue, up to 16 batches in the ring of a process,
-        # says nothing of their speed.
-        ahead = n * (2 if KINDS[kind].shares_lock else 16)
-        watch = Watch(seconds, lambda: len(runner.delivering) == n, ahead + 4, n + 2)
+        # What they have ready, beside the 4 in the queue, says nothing of their speed.
+        ready = n * KINDS[kind].ahead + 4
+        watch = Watch(seconds, lambda: len(runner.delivering) == n, ready, n + 2)
         step, _ = model.run(batches, watch)
     return 1 / step
 

@@ -62,7 +62,7 @@ class LoopWatch:
         waiting = Waiting()
         self.epochs.append(waiting)
         iterator = iter(self._iterable)
-        first, ended = not self.epochs[:-1], time.perf_counter()
+        first, ended = len(self.epochs) == 1, time.perf_counter()
         try:
             while True:
                 asked = time.perf_counter()
