@@ -14,6 +14,7 @@ from labkit.checks import expect, is_integer
 from labkit.engine import interrupts
 from labkit.engine.batches import Spec
 from labkit.engine.feeder import Feeder
+from labkit.engine.heard import steps_asked_for, warned_of_too_few
 from labkit.engine.messages import WorkerError
 from labkit.engine.options import Options
 from labkit.engine.tf_queue import (
@@ -22,7 +23,6 @@ from labkit.engine.tf_queue import (
     SessionQueue,
     Shape,
     dataset_of_passes,
-    steps_asked_for,
 )
 from labkit.quiet import tf
 
@@ -64,13 +64,18 @@ class QueueRunner:
         timeout: seconds that a worker may spend on one batch before that counts as a failure and
             the error shows what it was doing; None waits for ever. Default 60.
         max_workers: the limit for "auto". Default: 32 threads, or one process per usable core.
-        seed: of the queue's shuffling.
+        seed: of the shuffling.
         samples: of one pass over all workers, where you know it; `dataset()` then tells Keras how
             long an epoch is, and a pass of another length is an error. Default: unknown, unless
             the factory has a `__len__` (in batches, as a `keras.utils.PyDataset` has).
         reuses_buffers: the iterator may write into an array again after it has yielded it, so a
             thread copies each batch to which anybody but the yielded tuple refers. False saves
             that copy. Default True.
+        order: "any", as batches come; or "fixed": with the same seed (none is 0) and n_workers the
+            same sequence, to the bit, in each run. Workers deliver in turn, so the slowest sets the
+            pace. Of a factory that makes batch i in worker i % n_workers, as
+            `MnistDataGenerator.passes_iterator`, it is the same for every n_workers.
+        shuffle: False delivers samples in the order in which they come; nothing stays behind.
 
     Attributes: each argument but `samples`, as it was given, and
         error: the WorkerError that ended the run, or None.
@@ -99,6 +104,8 @@ class QueueRunner:
         seed: int | None = None,
         samples: int | None = None,
         reuses_buffers: bool = True,
+        order: Literal["any", "fixed"] = "any",
+        shuffle: bool = True,
     ) -> None:
         given = {name: value for name, value in locals().items() if name != "self"}
         self._options = Options(**given)
@@ -260,18 +267,9 @@ class QueueRunner:
                 "ended this one; expected one at a time. Make a QueueRunner for each."
             )
         self.raise_if_failed()
-        steps, epochs = self._asked or (0, 0)
-        batches = -(-self.samples // self.batch_size)
-        if steps * epochs > batches and not self._told and self._batches() is None:
-            self._told = True
-            warnings.warn(
-                f"QueueRunner: the data have {batches} batches, which fit(steps_per_epoch={steps}, "
-                f"epochs={epochs}) uses up, so that an epoch is cut short or empty. Leave "
-                "steps_per_epoch away: an epoch is then one pass over the data. Or tell their "
-                "number: QueueRunner(samples=...).",
-                RuntimeWarning,
-                stacklevel=1,
-            )
+        if self._asked and not self._told and self._batches() is None:
+            batches = -(-self.samples // self.batch_size)
+            self._told = warned_of_too_few(batches, *self._asked)
 
     def _batches(self) -> int | None:
         """How many a pass has, where that is known and no worker may be left out."""
@@ -302,7 +300,8 @@ class QueueRunner:
     def depth(self) -> int:
         """Samples in the queue now; 0 when it is not running."""
         queue = self._queue
-        return 0 if queue is None or self._alive() is None else queue.size()
+        feeder = self._alive()
+        return 0 if queue is None or feeder is None else queue.size() + feeder.mixing
 
     def raise_if_failed(self) -> None:
         """Raises the WorkerError of a failed worker; for loops without a `with` block."""
@@ -375,16 +374,12 @@ class QueueRunner:
 
     def _shape(self) -> Shape:
         """The queue's: by the given spec, or else by the first batch."""
-        options = self._options
         try:
-            spec = options.spec or self._with_workers(None).spec()
-            options.check_memory(spec)
+            spec = self._options.spec or self._with_workers(None).spec()
+            return Shape(*self._options.queue(spec))
         except BaseException:
             self.stop()
             raise
-        return Shape(
-            spec, options.batch_size, options.capacity, options.min_after_dequeue, options.seed
-        )
 
     def _listen(self) -> None:
         if self._ear_closes is None:

@@ -117,7 +117,7 @@ class _Child:
             begin = start
             slots, start = self._writer.write(made.arrays, start)
             share = made.seconds * (start - begin) / rows
-            self._say(wire.pack_chunk(epoch, start - begin, share, slots))
+            self._say(wire.pack_chunk(epoch, start - begin, share, start == rows, slots))
         return self._epoch == epoch
 
     def _lay_out(self, spec: Spec, rows: int) -> None:

@@ -16,7 +16,7 @@ class Chunk:
 
     `arrays` has one array per component, `[rows, ...]`; or, of large samples from a process, one
     sequence of arrays, a sample each, which may be kept. `seconds` is the time that the iterator
-    took, `epoch` the pass that the batch belongs to.
+    took, `epoch` the pass that the batch belongs to; `last`: nothing of the batch is still to come.
     """
 
     worker: int
@@ -24,6 +24,7 @@ class Chunk:
     seconds: float
     epoch: int
     slots: tuple[int, ...] = ()
+    last: bool = True
 
 
 @dataclass

@@ -1,7 +1,7 @@
 """What goes over the socket between a worker process and the parent.
 
 worker ─► parent    ("first", (spec, rows))     its first batch, before the memory is laid out
-                    C epoch rows seconds slots  a chunk that lies in these slots of the ring
+                    C epoch rows seconds last slots  a chunk that lies in these slots
                     ("chunk", (arrays, ...))    a chunk of text, which no ring can hold
                     ("ended", epoch)            its pass is over
                     ("failed", (...))           its iterator raised
@@ -16,21 +16,22 @@ import struct
 
 import numpy as np
 
-_CHUNK = struct.Struct("<cqQd")
+_CHUNK = struct.Struct("<cqQd?")
 _EPOCH = struct.Struct("<cq")
 _SLOT = np.dtype("<u2")
 
 
-def pack_chunk(epoch: int, rows: int, seconds: float, slots: list[int]) -> bytes:
-    return _CHUNK.pack(b"C", epoch, rows, seconds) + np.array(slots, _SLOT).tobytes()
+def pack_chunk(epoch: int, rows: int, seconds: float, last: bool, slots: list[int]) -> bytes:
+    return _CHUNK.pack(b"C", epoch, rows, seconds, last) + np.array(slots, _SLOT).tobytes()
 
 
-def unpack_chunk(data: bytes) -> tuple[int, int, float, tuple[int, ...]] | None:
-    """Epoch, rows, seconds and slots; None if it is no chunk in a ring."""
+def unpack_chunk(data: bytes) -> tuple[int, int, float, bool, tuple[int, ...]] | None:
+    """What `pack_chunk` was given; None if it is no chunk in a ring."""
     if data[:1] != b"C":
         return None
-    _, epoch, rows, seconds = _CHUNK.unpack_from(data)
-    return epoch, rows, seconds, tuple(np.frombuffer(data, _SLOT, offset=_CHUNK.size).tolist())
+    _, epoch, rows, seconds, last = _CHUNK.unpack_from(data)
+    slots = np.frombuffer(data, _SLOT, offset=_CHUNK.size).tolist()
+    return epoch, rows, seconds, last, tuple(slots)
 
 
 def pack_free(slots: tuple[int, ...]) -> bytes:
