@@ -43,6 +43,7 @@ class Job:
         kept: samples that whoever takes the chunks will hold at a time.
         copies: the iterators may write into an array again after they have yielded it.
         epoch: the number of the first pass.
+        stages: the iterators' stages are to be timed; a kind that cannot do that leaves them away.
     """
 
     factory: IteratorFactory
@@ -51,6 +52,7 @@ class Job:
     kept: int = 0
     copies: bool = True
     epoch: int = 0
+    stages: bool = False
 
 
 class Pool(ABC):

@@ -218,9 +218,10 @@ def report_of(
     one = single[_SERIAL, 1]
     busy = size * one.cpu / shortest
     nature = laws.nature(size * one.own, busy, gains.get(True), gains.get(False), usable_cores())
-    step = min(need.step for need in demands.values())
+    step, best = min(need.step for need in demands.values()), best_of(rows)
     wall = min(size * one.own, size / one.rate)  # in a serial loop, where nothing is handed over
     return Report(
-        nature, rows, best_of(rows), demands, 1 / step, 1 / (wall + step), wall, seconds,
+        nature, rows, best, demands, 1 / step, 1 / (wall + step), wall, seconds,
         iterator, model, repeated, size, measured.problems,
+        stages=list(single[best.workers, 1].stages),
     )  # fmt: skip

@@ -5,7 +5,7 @@ What is measured leaves a Keras model as it was; a step of the user's only they 
 
 import inspect
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -17,6 +17,8 @@ from labkit.engine.batches import Spec
 from labkit.engine.messages import Chunk, Lost, WorkerError
 from labkit.engine.pool import Job
 from labkit.engine.produce import IteratorFactory
+from labkit.engine.stage import Times
+from labkit.instruments.stages import Stage, stages_of
 from labkit.queue_runner import QueueRunner
 from labkit.quiet import tf
 
@@ -44,17 +46,20 @@ def repeat(batch: Any, spec: Spec, size: int) -> tf.data.Dataset:
 
 
 class Alone(NamedTuple):
-    """The generator without a model: samples/s, processor seconds per sample, and the seconds per
-    sample that the iterator itself takes, without what handing the batches over takes."""
+    """The generator without a model: samples/s, processor seconds per sample, the seconds per
+    sample that the iterator itself takes, without what handing the batches over takes, and what of
+    a batch its stages take."""
 
     rate: float
     cpu: float
     own: float
+    stages: Sequence[Stage] = ()
 
 
 def alone(iterator: Iterators, kind: str, n: int, seconds: float) -> Alone:
     """Runs the generator in n workers of a kind, from when each has delivered."""
-    pool = KINDS[kind].pool(Job(IteratorFactory(iterator, n), timeout=_TIMEOUT))
+    pool = KINDS[kind].pool(Job(IteratorFactory(iterator, n), timeout=_TIMEOUT, stages=True))
+    times: list[Times] = []
     heard: set[int] = set()
     ended: set[int] = set()
     began, first, cpu, own, chunks, samples = time.monotonic(), 0.0, 0.0, 0.0, 0, 0
@@ -70,6 +75,7 @@ def alone(iterator: Iterators, kind: str, n: int, seconds: float) -> Alone:
                 if first:
                     chunks, samples = chunks + 1, samples + len(message.arrays[0])
                     own += message.seconds
+                    times += [] if message.stages is None else [message.stages]
                     if now - first > seconds and chunks >= 3 * n:
                         break
                 elif len(heard) == n or now - began > _PATIENCE:
@@ -87,7 +93,8 @@ def alone(iterator: Iterators, kind: str, n: int, seconds: float) -> Alone:
         used = time.process_time() - cpu
     finally:
         pool.stop()
-    return Alone(samples / (now - first), used / samples, own / samples)
+    rate, stages = samples / (now - first), stages_of(times, own)
+    return Alone(rate, used / samples, own / samples, stages)
 
 
 def together(

@@ -12,6 +12,7 @@ from labkit.engine import KINDS
 from labkit.instruments import laws
 from labkit.instruments.laws import Demands
 from labkit.instruments.measure import Iterators, Model, Watch, together
+from labkit.instruments.stages import Stage, in_words
 from labkit.machine import onednn_note
 from labkit.queue_runner import QueueRunner
 
@@ -77,6 +78,8 @@ class Report:
         wall: seconds of a batch in a serial loop.
         demands: what a batch and a step cost, for each kind; no measurement contradicts them.
         seconds: what the diagnosis took.
+        stages: what each `labkit.stage` takes of a batch in one worker of the recommended kind,
+            the slowest first; see `labkit.instruments.stages.Stage`.
     """
 
     nature: str
@@ -93,6 +96,7 @@ class Report:
     batch_size: int = 0
     problems: dict[str, str] = field(default_factory=dict, repr=False)
     outside: str = field(default="", repr=False)
+    stages: list[Stage] = field(default_factory=list)
 
     @property
     def verdict(self) -> str:
@@ -175,14 +179,16 @@ class Report:
     @property
     def notes(self) -> list[str]:
         """What else there is to know: that a callable step was really taken, how often, if nothing
-        puts that right; that oneDNN is off; why a measured value may be outside its range."""
+        puts that right; which stage to make faster; that oneDNN is off; why a measured value may be
+        outside its range."""
         said = []
         if not self.model.puts_back:
             said.append(
                 f"Your step was really taken, {self.model.taken:,} times, and has trained whatever "
                 "it trains. Give diagnose(..., restore=) a function that puts that back."
             )
-        return said + [note for note in (onednn_note(), self.outside) if note]
+        more = (in_words(self.stages), onednn_note(), self.outside)
+        return said + [note for note in more if note]
 
     def _cells(self) -> list[tuple[str, ...]]:
         """The table: workers, n, predicted, range, measured, bound by, remark."""
