@@ -27,6 +27,7 @@ _HOME = {
     "QueueRunner": "queue_runner",
     "WorkerError": "engine.messages",
     "Component": "engine.batches",
+    "stage": "engine.stage",
     "build_model": "model",
     "model_fn": "model",
     "StepTimer": "instruments.step_timer",
@@ -50,7 +51,9 @@ __all__ = sorted([*_HOME, "train"])
 
 def __getattr__(name: str) -> Any:
     if name in _HOME:
-        return getattr(import_module(f"labkit.{_HOME[name]}"), name)
+        found = getattr(import_module(f"labkit.{_HOME[name]}"), name)
+        globals()[name] = found  # to come here takes ten times as long as an idle `labkit.stage`
+        return found
     if name in _SUBMODULES:
         return import_module(f"labkit.{name}")
     raise AttributeError(f"module 'labkit' has no attribute {name!r}")

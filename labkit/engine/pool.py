@@ -44,6 +44,7 @@ class Job:
         copies: the iterators may write into an array again after they have yielded it.
         keeps: whoever takes the chunks keeps their arrays, so they are nobody else's.
         epoch: the number of the first pass.
+        stages: the iterators' stages are to be timed; a kind that cannot do that leaves them away.
     """
 
     factory: IteratorFactory
@@ -53,6 +54,7 @@ class Job:
     copies: bool = True
     keeps: bool = False
     epoch: int = 0
+    stages: bool = False
 
 
 class Pool(ABC):

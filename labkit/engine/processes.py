@@ -54,7 +54,7 @@ class ProcessPool(Pool):
     def _start(self, worker: int) -> None:
         # A quarter more, since a shuffling queue does not hold the same number of each worker's.
         kept = -(-5 * self.job.kept // (4 * self.n_workers))
-        orders = (self._code, self._sizes, self.spec, worker, self.epoch)
+        orders = (self._code, self._sizes, self.spec, worker, self.epoch, self.job.stages)
         process = _Process(worker, orders, self._buffers, kept)
         self._workers.append(process)
         self._selector.register(process.connection, selectors.EVENT_READ, process)
@@ -196,9 +196,10 @@ class _Process:
         data = self.connection.recv_bytes()
         chunk = wire.unpack_chunk(data)
         if chunk is not None:
-            epoch, rows, seconds, last, slots = chunk
             assert self.ring is not None
-            return Chunk(self.index, self.ring.read(slots, rows), seconds, epoch, slots, last)
+            epoch, rows, seconds, slots, last, stages = chunk
+            arrays = self.ring.read(slots, rows)
+            return Chunk(self.index, arrays, seconds, epoch, slots, last, stages)
         kind, content = pickle.loads(data)
         if kind == "first":
             code, rows = content

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 from labkit.engine.batches import ALONE, Arrays, BatchError, Spec, short
+from labkit.engine.stage import Times, take
 
 _KNOWN = {"worker", "n_workers", "epoch"}
 _MOST_EMPTY = 10_000  # in a row
@@ -123,11 +124,13 @@ def _needed(parameter: inspect.Parameter) -> bool:
 
 
 class Made(NamedTuple):
-    """A batch's arrays, the spec that they fit, and the seconds that the iterator took."""
+    """A batch's arrays, the spec that they fit, and the seconds that the iterator and, if anybody
+    listens, its stages took."""
 
     spec: Spec
     arrays: Arrays
     seconds: float
+    stages: Times | None = None
 
 
 def produce(
@@ -141,6 +144,7 @@ def produce(
     """
     iterator = factory(worker, epoch)
     empty = 0
+    take()  # what came after the last batch of another pass
     began = time.perf_counter()
     for batch in iterator:
         alone = sys.getrefcount(batch) <= ALONE
@@ -158,7 +162,7 @@ def produce(
         except BatchError as error:
             error.add_note(_yielded_at(iterator) or factory.where())
             raise
-        yield Made(spec, arrays, time.perf_counter() - began)
+        yield Made(spec, arrays, time.perf_counter() - began, take())
         began = time.perf_counter()
 
 
