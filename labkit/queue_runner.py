@@ -69,7 +69,7 @@ class QueueRunner:
         seed: of the queue's shuffling, and of the order of a data set that is split by index.
         samples: of one pass over all workers, where you know it; `dataset()` then tells Keras how
             long an epoch is, and a pass of another length is an error. Default: unknown, unless
-            the data set tells it, or the factory's `__len__` (in batches, as a PyDataset's).
+            the factory has a `__len__` (in batches), or a data set is read by sample.
         reuses_buffers: the iterator may write into an array again after it has yielded it, so a
             thread copies what anybody else refers to. False saves that copy. Default True.
 

@@ -102,8 +102,7 @@ def as_factory(source: Any, batch_size: int = 32, seed: int | None = None) -> An
         if base is not None and isinstance(source, base):
             own, kept = ([getattr(c, name, None) for name in _HOOKS] for c in (type(source), base))
             hooks = [name for name, a, b in zip(_HOOKS, own, kept, strict=True) if a is not b]
-            kind = ByBatchForEver if _batches_of(source) is None else ByBatch
-            return kind(source, _seed_of(seed), hooks)
+            return ByBatch(source, _seed_of(seed), hooks)
     if callable(source):
         return source
     if _is_a(source, "tensorflow", "data.Dataset"):
@@ -222,23 +221,24 @@ class _Loaded:
         return self.load(self.paths[index])
 
 
-class ByBatchForEver(_Source):
-    """A Keras `PyDataset`, whose index is a batch's, without an end: a pass goes on where the
-    worker was in the one before. `hooks` are those of `_HOOKS` that it has.
+class ByBatch(_Source):
+    """A Keras `PyDataset`, whose index is a batch's; `hooks` are those of `_HOOKS` that it has.
 
-    Keras's own `workers`, `use_multiprocessing` and `max_queue_size` count for nothing here.
+    Each batch comes once a pass; of one without an end, each worker goes on where it was. Batches
+    may be of any sizes, so how many samples there are is not known. Keras's own `workers`,
+    `use_multiprocessing` and `max_queue_size` count for nothing here.
     """
 
     def __init__(self, source: Any, seed: int, hooks: list[str]) -> None:
         # Copies that shuffle, each its own way, would make samples come twice, or never.
-        why = f"its {' and '.join(hooks)} would change the copy in each process another way"
+        why = f"its {' and '.join(hooks)} would change each process's copy in its own way"
         cure = "; leave it away if all it does is shuffle, for labkit takes batches in a new order"
         super().__init__(source, f"{why}{cure} each pass" if hooks else "")
         self.seed, self.hooks, self.passes = seed, hooks, _Passes(source)
         self.at: dict[int, int] = {}
 
-    def _labkit_fresh(self) -> "ByBatchForEver":
-        return type(self)(self.source, self.seed, self.hooks)
+    def _labkit_fresh(self) -> "ByBatch":
+        return ByBatch(self.source, self.seed, self.hooks)
 
     def __call__(self, worker: int, n_workers: int, epoch: int, start: int = 0) -> Iterator[Any]:
         return map(plain, self._batches(worker, n_workers, epoch, start))
@@ -252,6 +252,10 @@ class ByBatchForEver(_Source):
         self.passes.end(worker, n_workers, epoch)
 
     def _indices(self, worker: int, n_workers: int, epoch: int, start: int) -> Iterator[int]:
+        n = _batches_of(self.source)
+        if n is not None:
+            yield from _order(self.seed, epoch, n)[start + worker :: n_workers].tolist()
+            return
         for index in itertools.count(self.at.get(worker, start + worker), n_workers):
             self.at[worker] = index + n_workers
             yield index
@@ -261,20 +265,6 @@ class ByBatchForEver(_Source):
             return self.source[index]
         finally:
             self.passes.leave()
-
-
-class ByBatch(ByBatchForEver):
-    """One of so many batches: each once a pass, in another order."""
-
-    def __len__(self) -> int:
-        return _batches_of(self.source) or 0
-
-    def _indices(self, worker: int, n_workers: int, epoch: int, start: int) -> Iterator[int]:
-        n = len(self)
-        order = _order(self.seed, epoch, n)
-        # The last may be smaller, and the first one tells how many samples a batch has.
-        order = np.roll(order, -1) if n and order[0] == n - 1 else order
-        return iter(order[start + worker :: n_workers].tolist())
 
 
 class _Passes:

@@ -222,9 +222,8 @@ def test_each_file_is_loaded_once_a_pass_and_no_worker_imports_tensorflow(tmp_pa
 
     files = from_files(tmp_path.glob("*.npy"), load, batch_size=2)
     assert len(files) == 6
-    for _ in range(2):
-        batches = in_dataset(QueueRunner(files, 4, 2, workers, **SMALL))
-        assert sorted(int(x) for batch in batches for x in batch[:, 0]) == list(range(11))
+    batches = in_dataset(QueueRunner(files, 4, 1, workers, **SMALL))
+    assert sorted(int(x) for batch in batches for x in batch[:, 0]) == list(range(11))
 
 
 def test_from_files_keeps_the_order_if_asked_and_refuses_what_is_none():
@@ -248,22 +247,34 @@ def test_a_pydataset_that_shuffles_itself_comes_once_a_pass_whatever_was_given_u
     source = Shuffled()
     with QueueRunner(source, 4, n, capacity=8, min_after_dequeue=0) as runner:
         data = runner.dataset()
-        assert int(data.cardinality()) == 7
         for passes in range(6):
             assert flat([x.numpy() for x in batch] for batch in data) == list(range(25))
             next(iter(data))  # a pass that is left early
             assert 2 * passes + 1 <= source.ends <= 2 * passes + 2
 
 
-def test_the_order_of_batches_is_new_in_each_pass_and_never_begins_with_the_smaller_last():
-    orders = set()
-    for seed in range(20):
-        batches = made(as_factory(Batches(), seed=seed), 2)
-        assert flat(batches) == list(range(25)) and len(batches[0][0]) == 4
-        orders.add(tuple(flat_in_order(batches)))
-    assert len(orders) > 15
+def test_batches_of_a_pydataset_come_in_another_order_each_pass():
     factory = as_factory(Batches(), seed=0)
-    assert flat_in_order(made(factory, 2, 0)) != flat_in_order(made(factory, 2, 1))
+    first, second = (made(factory, 2, epoch) for epoch in (0, 1))
+    assert flat(first) == flat(second) == list(range(25))
+    assert flat_in_order(first) != flat_in_order(second) != list(range(25))
+    assert flat_in_order(made(factory, 1, start=2)) == flat_in_order(made(factory, 1)[2:])
+
+
+def test_fit_takes_a_pydataset_whose_batches_are_of_different_sizes():
+    class Uneven(Batches):
+        def __getitem__(self, index):
+            return np.ones((index + 1, 1)), np.ones((index + 1, 1))
+
+    model = tf.keras.Sequential([tf.keras.Input((1,)), tf.keras.layers.Dense(1)])
+    model.compile(tf.keras.optimizers.SGD(0.0), "mse")
+    steps = []
+    count = tf.keras.callbacks.LambdaCallback(
+        on_train_batch_end=lambda step, logs: steps.append(step)
+    )
+    with QueueRunner(Uneven(), 4, 2, **SMALL) as runner:
+        model.fit(runner.dataset(), epochs=2, verbose=0, shuffle=False, callbacks=[count])
+    assert steps == [*range(7)] * 2
 
 
 def test_an_epoch_ends_once_after_every_worker_is_done_with_it():
@@ -319,8 +330,6 @@ def test_each_run_counts_the_epochs_for_itself():
 
 
 def test_an_endless_pydataset_goes_on_where_it_was():
-    with QueueRunner(Endless(), 2, 2, capacity=4, min_after_dequeue=0) as runner:
-        assert int(runner.dataset().cardinality()) == tf.data.UNKNOWN_CARDINALITY
     factory = as_factory(Endless())
     for epoch, expected in ((0, [0, 2, 4]), (1, [6, 8, 10])):
         assert flat_in_order(itertools.islice(factory(0, 2, epoch), 3))[::2] == expected
