@@ -315,8 +315,10 @@ class _Passes:
     def end(self, worker: int, n_workers: int, epoch: int) -> None:
         """The last worker that comes to its end closes the pass."""
         with self._gate:
+            if not self._open or epoch != self._newest:
+                return
             self._ended.add(worker)
-            if self._open and epoch == self._newest and len(self._ended) == n_workers:
+            if len(self._ended) == n_workers:
                 self._open = False
                 self._source.on_epoch_end()
 

@@ -295,6 +295,18 @@ def test_an_epoch_ends_once_after_every_worker_is_done_with_it():
     assert list(factory(1, 3, 1)) == []  # one that comes late to what is over
 
 
+def test_who_ends_a_pass_that_was_given_up_has_not_ended_the_next():
+    source = Shuffled()
+    factory = as_factory(source)
+    late = factory(0, 2, 0)
+    assert len(list(itertools.islice(late, 4))) == 4  # all that it has of the 7
+    other = factory(1, 2, 1)
+    batches = [next(other)]
+    assert list(late) == [] and source.ends == 1
+    batches += [*other, *factory(0, 2, 1)]
+    assert flat(batches) == list(range(25)) and source.ends == 2
+
+
 def test_no_epoch_ends_while_a_batch_is_read_for_it():
     may_go_on, said = threading.Event(), []
 
