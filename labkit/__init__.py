@@ -25,6 +25,7 @@ _HOME = {
     "busy_python": "workloads",
     "distort": "workloads",
     "QueueRunner": "queue_runner",
+    "from_files": "sources",
     "WorkerError": "engine.messages",
     "Component": "engine.batches",
     "stage": "engine.stage",
@@ -44,7 +45,7 @@ _MOVED = {
     "diagnosis": ("instruments.diagnosis", "instruments.audit", "instruments.laws"),
     "auditing": ("instruments.audit",),
 }
-_SUBMODULES = {"data", "workloads", "queue_runner", "model", "train", "machine", *_MOVED}
+_SUBMODULES = {"data", "workloads", "sources", "queue_runner", "model", "train", "machine", *_MOVED}
 
 __all__ = sorted([*_HOME, "train"])
 

@@ -33,22 +33,24 @@ COMMON = {"machine", "checks", "quiet"}
 LAW = [
     ({"checks", "quiet", "machine"}, set()),
     ({"data", "workloads"}, {"checks"}),
+    ({"collate"}, {"engine"}),
+    ({"sources"}, {"collate", "checks"}),
     ({"train"}, {"lesson", "engine", *COMMON, "instruments.history", "instruments.progress"}
      | {"instruments.step_timer"}),
     ({"cli"}, {"lesson", "engine", *COMMON, "instruments.plots"}),
-    ({"lesson"}, {"lesson", "engine", *COMMON}),
+    ({"lesson"}, {"lesson", "sources", "engine", *COMMON}),
     ({"engine.tf_queue"}, {"engine", *COMMON}),
     ({"engine"}, {"engine", "machine", "checks"}),
     ({"instruments.plots"}, {"machine"}),
     ({"instruments.step_timer"}, {"quiet"}),
     ({"instruments.history", "instruments.laws"}, set()),
     ({"instruments.progress"}, {"instruments.history", "quiet"}),
-    ({"instruments"}, {"instruments", "lesson", "engine", *COMMON}),
+    ({"instruments"}, {"instruments", "lesson", "sources", "engine", *COMMON}),
 ]  # fmt: skip
 # Packages that are not Python's own, where the law says which.
 ONLY = [
     ({"checks"}, set()),
-    ({"data", "workloads"}, {"numpy"}),
+    ({"data", "workloads", "sources", "collate"}, {"numpy"}),
     ({"machine"}, {"tensorflow"}),  # asked about oneDNN, where it is imported already
     ({"instruments.plots"}, {"numpy", "matplotlib"}),
     ({"instruments.history", "instruments.step_timer"}, set()),

@@ -169,6 +169,26 @@ def test_what_cannot_be_had_together_is_refused(options, says):
         QueueRunner(uneven(), **options)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_data_set_with_an_index_has_a_fixed_order_too(kind):
+    """With no seed as well: then it is that of seed 0, whatever the number of workers."""
+
+    class Squares:  # here, or a process would import this file and TensorFlow
+        def __len__(self):
+            return 40
+
+        def __getitem__(self, index):
+            return np.int64(index)
+
+    def run(n_workers, **options):
+        runner = QueueRunner(Squares(), 4, n_workers, kind, order="fixed", **options)
+        return samples(in_dataset(runner))
+
+    sizes = {"capacity": 20, "min_after_dequeue": 8}
+    assert run(1, **sizes) == run(2, **sizes) != run(2, seed=1, **sizes)
+    assert run(2, shuffle=False) == list(range(40))
+
+
 # -- the reservoir --------------------------------------------------------------------------------
 
 

@@ -31,17 +31,14 @@ class IteratorFactory:
 
     def __init__(self, factory: Callable[..., Iterable[Any]], n_workers: int) -> None:
         if not callable(factory):
-            cure = (
-                "Pass the function itself, without calling it: data.train_iterator, or "
-                "lambda: iter(your_object)."
-            )
-            if any(hasattr(part, "shape") for part in (factory, *_parts(factory))):
-                cure = "Of arrays: lambda: zip(np.array_split(x, 100), np.array_split(y, 100))."
             raise TypeError(
                 "labkit: iterator must be a function that returns a new iterator, "
-                f"got {short(factory)}. {cure}"
+                f"got {short(factory)}. Pass the function itself, without calling it: "
+                "data.train_iterator, or lambda: iter(your_object)."
             )
-        self.factory, self.n_workers = factory, n_workers
+        # What labkit has made of a data set may hold the state of a run: each run has its own.
+        self.factory = getattr(factory, "_labkit_fresh", lambda: factory)()
+        self.n_workers = n_workers
         # What labkit has wrapped itself is not what errors should speak of.
         self.users = getattr(factory, "_labkit_wraps", factory)
         parameters = _parameters(factory)
@@ -112,10 +109,6 @@ def _parameters(factory: Any) -> Mapping[str, inspect.Parameter]:
     with contextlib.suppress(TypeError, ValueError):
         return inspect.signature(factory).parameters
     return {}
-
-
-def _parts(factory: Any) -> tuple[Any, ...]:
-    return tuple(factory) if isinstance(factory, (tuple, list)) else ()
 
 
 def _needed(parameter: inspect.Parameter) -> bool:

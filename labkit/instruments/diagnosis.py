@@ -18,6 +18,7 @@ from labkit.instruments.laws import Demands
 from labkit.instruments.measure import Alone, Iterators, Model, Watch, together
 from labkit.instruments.report import Report, Row, best_of, expect_seconds
 from labkit.machine import usable_cores
+from labkit.sources import as_factory, whole
 
 _SERIAL = next(iter(KINDS))  # one worker of this kind is the serial loop
 _ROUNDS = 2
@@ -27,7 +28,7 @@ Setting = tuple[str, int]  # kind and number of workers
 
 
 def diagnose(
-    iterator: Iterators,
+    iterator: Any,
     model: Any,
     seconds: float = 20.0,
     batch_size: int | None = None,
@@ -51,11 +52,12 @@ def diagnose(
     trains; the report says how often. Only `restore` puts that back.
 
     Args:
-        iterator: an iterator factory, as for `QueueRunner`.
+        iterator: an iterator factory or a data set, as for `QueueRunner`.
         model: a compiled Keras model; or a callable that takes one training step, as `step(batch)`
             or `step(x, y)`; or the seconds that a step takes.
         seconds: rough total to spend. Default 20.
-        batch_size: samples per step. Default: as many as the generator's batches have.
+        batch_size: samples per step. Default: as many as the generator's batches have, and 32 of a
+            data set that is read sample by sample.
         progress: show a bar.
         workers: the kinds to consider: "thread", "process", or several of them. Default: both.
             One thread is measured in any case, since that is the serial loop.
@@ -81,6 +83,7 @@ def diagnose(
         restore,
     )
     kinds = _kinds(workers)
+    iterator = as_factory(iterator, batch_size or 32)
     began = time.monotonic()
     runs = Model.of(model, restore)
     with tqdm(total=20, disable=not progress, desc="first batch", leave=False) as bar:
@@ -150,7 +153,8 @@ def _measure(
     for again in range(_ROUNDS):
         # Anew in each round: what was measured may show that other settings are worth a try.
         needs = demands_of(found, size)
-        tries = [(k, n) for k, need in needs.items() for n in laws.to_try(_counts(k, need), need)]
+        numbers = {kind: _counts(iterator, kind, need) for kind, need in needs.items()}
+        tries = [(k, n) for k, need in needs.items() for n in laws.to_try(numbers[k], need)]
         bar.total = bar.n + len(tries) * (_ROUNDS - again) + 2
         for kind, n in tries:
             began = time.monotonic()
@@ -190,8 +194,8 @@ def _say(bar: tqdm, what: str) -> None:
     bar.update()
 
 
-def _counts(kind: str, need: Demands) -> list[int]:
-    return laws.counts(KINDS[kind].limit(), need)
+def _counts(iterator: Iterators, kind: str, need: Demands) -> list[int]:
+    return [1] if whole(iterator) else laws.counts(KINDS[kind].limit(), need)
 
 
 def demands_of(measured: Measured, size: int) -> dict[str, Demands]:
@@ -232,7 +236,7 @@ def report_of(
     gains: dict[bool, float] = {}
     for kind, need in demands.items():
         rates = {n: seen for (k, n), seen in both.items() if k == kind}
-        numbers = sorted({*_counts(kind, need), *rates})
+        numbers = sorted({*_counts(iterator, kind, need), *rates})
         for n, rate, low, high in laws.predict(numbers, need, rates, calm, crowd):
             rows.append(Row(kind, n, rate, low, high, laws.limit(n, need, rate)))
         # Both together may show a gain that two alone, for a moment, did not.
@@ -242,6 +246,7 @@ def report_of(
     one = single[_SERIAL, 1]
     busy = size * one.cpu / shortest
     nature = laws.nature(size * one.own, busy, gains.get(True), gains.get(False), usable_cores())
+    nature = "cannot be split among workers" if whole(iterator) else nature
     step, best = min(need.step for need in demands.values()), best_of(rows)
     wall = min(size * one.own, size / one.rate)  # in a serial loop, where nothing is handed over
     return Report(

@@ -24,6 +24,7 @@ from labkit.instruments.stages import Stage, stages_of
 from labkit.machine import usable_cores
 from labkit.queue_runner import QueueRunner
 from labkit.quiet import tf
+from labkit.sources import whole
 
 _PATIENCE = 3.0  # seconds to wait until every worker delivers
 _SETTLE = 0.8  # seconds to wait until what they had stored is used up
@@ -64,6 +65,7 @@ class Alone(NamedTuple):
 
 def alone(iterator: Iterators, kind: str, n: int, seconds: float) -> Alone:
     """Runs the generator in n workers of a kind, from when each has delivered."""
+    n = 1 if whole(iterator) else n
     others = _children()
     pool = KINDS[kind].pool(Job(IteratorFactory(iterator, n), timeout=_TIMEOUT, stages=True))
     times: list[Times] = []

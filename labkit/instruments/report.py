@@ -15,6 +15,7 @@ from labkit.instruments.measure import Iterators, Model, Watch, together
 from labkit.instruments.stages import Stage, in_words
 from labkit.machine import onednn_note
 from labkit.queue_runner import QueueRunner
+from labkit.sources import whole
 
 _WORTH = 0.75  # of the best rate, below which no range makes a smaller number the better one
 _ALIKE = 0.92  # of the rate of the faster kind, from which the cheaper one is as good
@@ -71,7 +72,7 @@ class Report:
         nature: what the generator does: "waits", "holds the GIL", "computes outside the GIL", "uses
             all cores", "costs next to nothing", "makes threads take turns" (it waits, under a lock
             of its own or for what serves one at a time), "makes workers take turns" (processes,
-            too); "computes" where threads were not considered.
+            too); "computes" where threads were not considered; "cannot be split among workers".
         rows: predicted steps/s for each kind and number of workers.
         best: the recommended row, see `best_of`.
         leave: no workers are worth it, the recommendation is to leave your loop as it is; `best` is
@@ -115,7 +116,8 @@ class Report:
         for kind, why in self.problems.items():
             first_line = why.split("\n")[0]
             said += f" {KINDS[kind].plural.capitalize()} could not be tried: {first_line}"
-        return said
+        unsplit = whole(self.iterator)
+        return f"{said} {unsplit}" if unsplit else said
 
     @property
     def speed_up(self) -> float:
