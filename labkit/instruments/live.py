@@ -21,7 +21,7 @@ from labkit.instruments.fits import fits_watched
 from labkit.instruments.usage_monitor import UsageMonitor
 from labkit.instruments.waiting import RecentWaiting
 
-_SHARE = 0.02  # of a core, for drawing: sampling, and sending what was drawn, take the rest of 3 %
+_SHARE = 0.015  # of a core, for drawing: sampling, and sending what was drawn, take the rest of 3 %
 _SOONEST, _LATEST = 1.0, 5.0  # seconds from one picture to the next
 _TICK = 0.1
 _SAMPLES_NOW = 4
@@ -110,7 +110,7 @@ class Notebook:
 
     def show(self, sight: Sight, ended: bool) -> None:
         text = sight.text(0 if ended else _SAMPLES_NOW)
-        picture = base64.b64encode(self._picture.png(sight, text)).decode()
+        picture = base64.b64encode(self._picture.png(sight, text, ended)).decode()
         self._publish({"image/png": picture, "text/plain": text}, update=True)
 
     def _publish(self, data: dict[str, str], update: bool) -> None:
@@ -153,7 +153,7 @@ class Live:
     """Shows a run while it runs. It ends with `end()`, a `with` block, the notebook's cell, the
     program, or when `over()` says so; the last picture, of the whole run, stays.
 
-    One thread draws, as often as 2 % of a core allow, and from 1 to 5 seconds apart.
+    One thread draws, as often as 1.5 % of a core allow, and from 1 to 5 seconds apart.
 
     Attributes:
         sight: what it has seen.
