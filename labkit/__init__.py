@@ -60,6 +60,11 @@ def __getattr__(name: str) -> Any:
     raise AttributeError(f"module 'labkit' has no attribute {name!r}")
 
 
+def load_ipython_extension(ipython: Any) -> None:
+    """What `%load_ext labkit` calls: adds `%diagnose` and `%%watch`."""
+    import_module("labkit.instruments.magics").register(ipython)
+
+
 def __dir__() -> list[str]:
     return sorted(set(globals()) | set(_HOME) | _SUBMODULES)
 

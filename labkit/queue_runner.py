@@ -189,15 +189,12 @@ class QueueRunner:
                 "QueueRunner.start: expected get_inputs() to have been called, in the session's "
                 "graph, got no queue. Build the graph first."
             )
-        if n_threads is not None:
-            what = "QueueRunner: n_threads must be an integer >= 1"
-            expect(is_integer(n_threads, 1), what, n_threads)
+        fits = n_threads is None or is_integer(n_threads, 1)
+        expect(fits, "QueueRunner: n_threads must be an integer >= 1", n_threads)
         try:
             with self._lock:
                 if self._queue is not None and self._alive() is not None:
-                    raise RuntimeError(
-                        "QueueRunner.start: it is running already. Call stop() first."
-                    )
+                    raise RuntimeError("QueueRunner.start: it is running already. stop() it first.")
                 self._listen()
                 feeder = self._with_workers(self._graph.spec, n_threads)
                 with interrupts.held_back():  # they produce while the queue's ops are prepared
@@ -224,9 +221,7 @@ class QueueRunner:
         WorkerError itself on leaving `with runner:`.
         """
         if self._graph is not None:
-            raise RuntimeError(
-                "QueueRunner.dataset: this runner serves a graph already. Make another."
-            )
+            raise RuntimeError("QueueRunner.dataset: it serves a graph already. Make another one.")
         self._left = False
         shape = self._shape()
         self._listen()
@@ -300,9 +295,13 @@ class QueueRunner:
 
     def depth(self) -> int:
         """Samples in the queue now; 0 when it is not running."""
-        queue = self._queue
-        feeder = self._alive()
-        return 0 if queue is None or feeder is None else queue.size() + feeder.mixing
+        return 0 if self._feeder is None else self._feeder.depth()
+
+    def watch(self) -> Any:
+        """Shows queue, waiting, CPU and GPUs while it runs: `labkit.instruments.live.of_run`."""
+        from labkit.instruments.live import of_run
+
+        return of_run(self)
 
     def raise_if_failed(self) -> None:
         """Raises the WorkerError of a failed worker; for loops without a `with` block."""

@@ -27,7 +27,7 @@ from labkit.engine.order import Reservoir, Turns
 from labkit.engine.pool import Pool
 
 _TICK = 0.1
-_RUNNING: "weakref.WeakSet[Feeder]" = weakref.WeakSet()
+_RUNNING: "weakref.WeakKeyDictionary[Feeder, None]" = weakref.WeakKeyDictionary()  # in this order
 _SMALL_BYTES, _TOGETHER = 1 << 20, 8
 
 
@@ -93,7 +93,7 @@ class Feeder:
         # By whoever waits, not by the thread: threads start twice as fast then.
         pool.set_active(self._wanted() if pool.job.spec is not None else 1)
         self._thread = threading.Thread(target=self._run, name="labkit feeder", daemon=True)
-        _RUNNING.add(self)
+        _RUNNING[self] = None
         self._thread.start()
 
     # ---------------------------------------------------------------- for the runner
@@ -136,23 +136,23 @@ class Feeder:
         # The feeder goes first: it must not meet a pool that is half gone.
         if self._thread is not threading.current_thread():
             self._thread.join(2.0)
-        _RUNNING.discard(self)
+        _RUNNING.pop(self, None)
         return self.pool.stop()
 
     def abandon(self) -> None:
         """Stops from a finalizer, whose thread may be in the midst of tracing: by another one."""
         threading.Thread(target=self.stop, name="labkit end", daemon=True).start()
 
+    def depth(self) -> int:
+        """Samples in the queue now, and here, to be mixed; 0 when it is not running."""
+        if self._queue is None or not self.alive:
+            return 0
+        return self._queue.size() + (0 if self._turns is None else self._turns.reservoir.count)
+
     @property
     def samples(self) -> int:
         """Put into the queue in this pass."""
         return self.heard.samples
-
-    @property
-    def mixing(self) -> int:
-        """Samples that wait here, to be mixed."""
-        turns = self._turns
-        return 0 if turns is None else turns.reservoir.count
 
     @property
     def alive(self) -> bool:
@@ -378,6 +378,11 @@ class _LostInterrupt:
                 "labkit: ended by an interrupt from which the consumer did not learn, "
                 "since it waited for data, or TensorFlow dropped the KeyboardInterrupt."
             )
+
+
+def oldest() -> Feeder | None:
+    """Of those that run in this process, the one that began first."""
+    return next((feeder for feeder in list(_RUNNING) if feeder.alive), None)
 
 
 def _stop_all() -> None:

@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from labkit.instruments.waiting import everything
+
 
 class StepTimer:
     """Splits each step into the seconds that it waited for data and the seconds that it computed.
@@ -65,6 +67,7 @@ class StepTimer:
         waited, computed = self._waited + inside, total - inside
         self.waits.append(waited)
         self.computes.append(computed)
+        everything.add(1, waited + computed, waited, waited + computed)
         self._totals = self._totals[0] + waited, self._totals[1] + computed
         self._waited = 0.0
         return results

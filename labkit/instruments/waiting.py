@@ -65,6 +65,39 @@ class Waiting:
         return f"{line}; {_rate(most)} steps/s without waiting"
 
 
+everything = Waiting()  # of this process, by whatever it was measured
+
+
+class Counted(Waiting):
+    """Steps that count in `everything`, too."""
+
+    def add(self, steps: int, seconds: float, waited: float | None, measured: float) -> None:
+        super().add(steps, seconds, waited, measured)
+        everything.add(steps, seconds, None if waited is None else waited + self.slow, measured)
+
+
+class RecentWaiting:
+    """A probe for `UsageMonitor`: the share of waiting, 0 to 1, of all that was measured in this
+    process since its last call; NaN where no step has ended."""
+
+    def __init__(self) -> None:
+        self._began = self._seen = everything.waited, everything.measured
+
+    def __call__(self) -> float:
+        then, self._seen = self._seen, (everything.waited, everything.measured)
+        return _share(then, self._seen)
+
+    @property
+    def share(self) -> float:
+        """Of all that it has seen."""
+        return _share(self._began, self._seen)
+
+
+def _share(then: tuple[float, float], now: tuple[float, float]) -> float:
+    waited, measured = now[0] - then[0], now[1] - then[1]
+    return min(1.0, waited / measured) if measured > 0 else math.nan
+
+
 def verdict(share: float, next_step: str) -> str:
     """One sentence on a share of waiting: how bad it is by the profiler's limits, what to do."""
     if math.isnan(share):

@@ -4,10 +4,11 @@ import time
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from labkit.instruments.waiting import NEXT_STEP, Waiting, total, verdict
+from labkit.instruments.live import of_fit, of_loop
+from labkit.instruments.waiting import NEXT_STEP, Counted, Waiting, total, verdict
 
 
-def watch(iterable: Iterable[Any] | None = None) -> Any:
+def watch(iterable: Iterable[Any] | None = None, live: bool = False) -> Any:
     """Tells how much of a training is waiting for data, while it runs.
 
         model.fit(anything, callbacks=[labkit.watch()])
@@ -29,6 +30,9 @@ def watch(iterable: Iterable[Any] | None = None) -> Any:
 
     Args:
         iterable: of batches, for a loop of your own; without it the result is a Keras callback.
+        live: also show waiting, the queue of a `QueueRunner`, CPU, memory and GPUs while it runs:
+            in a notebook a picture that stays, drawn anew every 1 to 5 seconds; in a terminal a
+            line (with `fit(verbose=2)`, since Keras's bar takes the same place).
 
     Returns:
         a `keras.callbacks.Callback`, or an iterable over the same batches. Both have `epochs`, a
@@ -41,29 +45,30 @@ def watch(iterable: Iterable[Any] | None = None) -> Any:
     if iterable is None:
         from labkit.instruments.watch_fit import FitWatch
 
-        return FitWatch()
-    return LoopWatch(iterable)
+        return FitWatch(of_fit if live else None)
+    return LoopWatch(iterable, live)
 
 
 class LoopWatch:
     """The batches of an iterable, with the waiting for them measured."""
 
-    def __init__(self, iterable: Iterable[Any]) -> None:
+    def __init__(self, iterable: Iterable[Any], live: bool = False) -> None:
         if not hasattr(iterable, "__iter__") and not hasattr(iterable, "__getitem__"):
             raise TypeError(
                 f"labkit.watch: expected an iterable of batches, got {type(iterable).__name__}. "
                 "For Keras: model.fit(..., callbacks=[labkit.watch()])."
             )
-        self._iterable = iterable
+        self._iterable, self._live = iterable, live
         self.epochs: list[Waiting] = []
 
     def __len__(self) -> int:
         return len(self._iterable)  # type: ignore[arg-type]
 
     def __iter__(self) -> Iterator[Any]:
-        waiting = Waiting()
+        waiting = Counted()
         self.epochs.append(waiting)
         iterator = iter(self._iterable)
+        live = of_loop() if self._live else None
         first, ended = len(self.epochs) == 1, time.perf_counter()
         try:
             while True:
@@ -79,6 +84,8 @@ class LoopWatch:
                     waiting.add(1, ended - began, waited, ended - began)
                 first = False
         finally:
+            if live is not None:
+                live.end()
             print(f"labkit.watch: {waiting}\nlabkit.watch: {self.verdict()}", flush=True)
 
     def verdict(self) -> str:

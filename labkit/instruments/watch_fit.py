@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 from labkit.instruments.taking import Taker
-from labkit.instruments.waiting import NEXT_STEP, Waiting, total, verdict
+from labkit.instruments.waiting import NEXT_STEP, Counted, Waiting, total, verdict
 from labkit.quiet import tf
 
 _ON_A_GPU_EVERY = 10
@@ -26,9 +26,13 @@ class FitWatch(tf.keras.callbacks.Callback):
 
     Attributes:
         epochs: a `Waiting` for each epoch of the last `fit`.
+
+    Args:
+        live: shows the picture of a `fit`, until its `end()`; called at the beginning of each.
+        quiet: print nothing, and leave Keras's logs as they are.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, live: Callable[[], Any] | None = None, quiet: bool = False) -> None:
         super().__init__()
         if tf.keras.backend.backend() != "tensorflow":
             raise RuntimeError(
@@ -43,8 +47,11 @@ class FitWatch(tf.keras.callbacks.Callback):
         self._taker: Taker | None = None
         self._functions: dict[int, Callable[..., Any]] = {}
         self._slowing = _Slowing()
+        self._new_live, self._live, self._quiet = live, None, quiet
 
     def on_train_begin(self, logs: Any = None) -> None:
+        self._end_live()
+        self._live = self._new_live and self._new_live()
         self.epochs, self._line, self._calls = [], "", 0
         self._every = _ON_A_GPU_EVERY if tf.config.list_logical_devices("GPU") else 1
         tap = self.model.train_function
@@ -53,7 +60,7 @@ class FitWatch(tf.keras.callbacks.Callback):
 
     def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
         self._print_line()
-        self.epochs.append(Waiting())
+        self.epochs.append(Counted())
         if self._taker is not None:
             self._taker.begin_epoch()
         self._ended = time.perf_counter()
@@ -65,6 +72,8 @@ class FitWatch(tf.keras.callbacks.Callback):
 
     def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
         waiting = self.epochs[-1]
+        if self._quiet:
+            return
         if logs is not None:
             logs["waiting_share"] = waiting.share
             logs["steps_per_second"] = waiting.steps_per_second
@@ -74,7 +83,14 @@ class FitWatch(tf.keras.callbacks.Callback):
     def on_train_end(self, logs: Any = None) -> None:
         self._print_line()
         self._functions, self._taker = {}, None
-        print(f"labkit.watch: {self.verdict()}", flush=True)
+        self._end_live()
+        if not self._quiet:
+            print(f"labkit.watch: {self.verdict()}", flush=True)
+
+    def _end_live(self) -> None:
+        live, self._live = self._live, None
+        if live is not None:
+            live.end()
 
     def verdict(self) -> str:
         """What the waiting of the last `fit` means, in a sentence."""
