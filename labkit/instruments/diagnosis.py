@@ -249,8 +249,11 @@ def report_of(
     nature = "cannot be split among workers" if whole(iterator) else nature
     step, best = min(need.step for need in demands.values()), best_of(rows)
     wall = min(size * one.own, size / one.rate)  # in a serial loop, where nothing is handed over
+    model_rate, serial_rate = 1 / step, 1 / (wall + step)
+    if laws.leaves(best.predicted, model_rate, serial_rate):
+        best = rows[0]  # the cheapest, if it has to be one
     return Report(
-        nature, rows, best, demands, 1 / step, 1 / (wall + step), wall, seconds,
+        nature, rows, best, demands, model_rate, serial_rate, wall, seconds,
         iterator, model, repeated, size, measured.problems,
         stages=list(single[best.workers, 1].stages),
     )  # fmt: skip
