@@ -79,6 +79,10 @@ def test_nothing_is_kept_where_nobody_listened_when_it_began(begins, kept):
     assert heard(work, listens=False) == kept
 
 
+def test_it_is_imported_at_most_once_however_often_it_is_named():
+    assert labkit.stage is stage is vars(labkit)["stage"]
+
+
 def produced(batches, listens=True):
     """The stages of each batch, as `produce` gives them."""
     found = []
