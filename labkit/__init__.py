@@ -25,8 +25,10 @@ _HOME = {
     "busy_python": "workloads",
     "distort": "workloads",
     "QueueRunner": "queue_runner",
+    "from_files": "sources",
     "WorkerError": "engine.messages",
     "Component": "engine.batches",
+    "stage": "engine.stage",
     "build_model": "model",
     "model_fn": "model",
     "StepTimer": "instruments.step_timer",
@@ -43,14 +45,16 @@ _MOVED = {
     "diagnosis": ("instruments.diagnosis", "instruments.audit", "instruments.laws"),
     "auditing": ("instruments.audit",),
 }
-_SUBMODULES = {"data", "workloads", "queue_runner", "model", "train", "machine", *_MOVED}
+_SUBMODULES = {"data", "workloads", "sources", "queue_runner", "model", "train", "machine", *_MOVED}
 
 __all__ = sorted([*_HOME, "train"])
 
 
 def __getattr__(name: str) -> Any:
     if name in _HOME:
-        return getattr(import_module(f"labkit.{_HOME[name]}"), name)
+        found = getattr(import_module(f"labkit.{_HOME[name]}"), name)
+        globals()[name] = found  # to come here takes ten times as long as an idle `labkit.stage`
+        return found
     if name in _SUBMODULES:
         return import_module(f"labkit.{name}")
     raise AttributeError(f"module 'labkit' has no attribute {name!r}")

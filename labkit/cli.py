@@ -76,6 +76,8 @@ def _parser() -> _Parser:
     add("--capacity", metavar="SAMPLES", type=int, help=holds)
     stays = "what stays in it for mixing (default: 1000, more for batches of over 250)"
     add("--min_after_dequeue", metavar="SAMPLES", type=int, help=stays)
+    turns = "of batches; fixed: workers in turn, so the same in each run with the same --seed"
+    add("--order", choices=("any", "fixed"), help=turns)
 
     add = group("training")
     add("--epochs", metavar="COUNT", type=int, help="epochs")

@@ -7,13 +7,14 @@ import collections
 import threading
 import warnings
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Sized
+from collections.abc import Callable, Iterator, Sized
 from typing import Any, Literal
 
 from labkit.checks import expect, is_integer
 from labkit.engine import interrupts
 from labkit.engine.batches import Spec
 from labkit.engine.feeder import Feeder
+from labkit.engine.heard import steps_asked_for, warned_of_too_few
 from labkit.engine.messages import WorkerError
 from labkit.engine.options import Options
 from labkit.engine.tf_queue import (
@@ -22,9 +23,9 @@ from labkit.engine.tf_queue import (
     SessionQueue,
     Shape,
     dataset_of_passes,
-    steps_asked_for,
 )
 from labkit.quiet import tf
+from labkit.sources import taken_in
 
 
 class QueueRunner:
@@ -47,8 +48,9 @@ class QueueRunner:
             receives the worker's number (from 0), their count, and the number of the pass (from
             0). With them workers share one data set out among themselves; and whatever draws
             random numbers seeds with them, `np.random.default_rng([seed, worker, epoch])`: one
-            generator captured by the factory draws the same numbers in every process. An object
-            with `__len__` and `__getitem__` in place of an iterator is walked to its length.
+            generator captured by the factory draws the same in every process. Or a data set:
+            `labkit.from_files`, a Keras `PyDataset`, an object with `__len__` and `__getitem__`,
+            all split by index; a `tf.data.Dataset` or another iterable, run by one worker.
         batch_size: samples that the model takes per step; free of the iterator's own chunk size.
         n_workers: how many workers, or "auto": grows and shrinks while it runs, up to
             `max_workers`, and prints each decision.
@@ -64,13 +66,17 @@ class QueueRunner:
         timeout: seconds that a worker may spend on one batch before that counts as a failure and
             the error shows what it was doing; None waits for ever. Default 60.
         max_workers: the limit for "auto". Default: 32 threads, or one process per usable core.
-        seed: of the queue's shuffling.
+        seed: of the shuffling, and of the order of a data set that is split by index.
         samples: of one pass over all workers, where you know it; `dataset()` then tells Keras how
             long an epoch is, and a pass of another length is an error. Default: unknown, unless
-            the factory has a `__len__` (in batches, as a `keras.utils.PyDataset` has).
+            the factory has a `__len__` (in batches), or a data set is read by sample.
         reuses_buffers: the iterator may write into an array again after it has yielded it, so a
-            thread copies each batch to which anybody but the yielded tuple refers. False saves
-            that copy. Default True.
+            thread copies what anybody else refers to. False saves that copy. Default True.
+        order: "any", as batches come; or "fixed": with the same seed (none is 0) and n_workers the
+            same sequence, to the bit, in each run. Workers deliver in turn, so the slowest sets the
+            pace. Of a factory that makes batch i in worker i % n_workers, as
+            `MnistDataGenerator.passes_iterator`, it is the same for every n_workers.
+        shuffle: False delivers samples in the order in which they come; nothing stays behind.
 
     Attributes: each argument but `samples`, as it was given, and
         error: the WorkerError that ended the run, or None.
@@ -86,7 +92,7 @@ class QueueRunner:
 
     def __init__(
         self,
-        iterator: Callable[..., Iterable[Any]],
+        iterator: Any,
         batch_size: int = 32,
         n_workers: int | Literal["auto"] = 1,
         workers: Literal["thread", "process"] = "thread",
@@ -99,10 +105,12 @@ class QueueRunner:
         seed: int | None = None,
         samples: int | None = None,
         reuses_buffers: bool = True,
+        order: Literal["any", "fixed"] = "any",
+        shuffle: bool = True,
     ) -> None:
         given = {name: value for name, value in locals().items() if name != "self"}
-        self._options = Options(**given)
-        self.n_workers = n_workers
+        self._options = Options(**taken_in(given))
+        self.iterator, self.n_workers = iterator, self._options.n_workers
         self._feeder: Feeder | None = None
         # Both end when nobody has this runner any more.
         self._workers_end: weakref.finalize | None = None
@@ -255,18 +263,9 @@ class QueueRunner:
                 "ended this one; expected one at a time. Make a QueueRunner for each."
             )
         self.raise_if_failed()
-        steps, epochs = self._asked or (0, 0)
-        batches = -(-self.samples // self.batch_size)
-        if steps * epochs > batches and not self._told and self._batches() is None:
-            self._told = True
-            warnings.warn(
-                f"QueueRunner: the data have {batches} batches, which fit(steps_per_epoch={steps}, "
-                f"epochs={epochs}) uses up, so that an epoch is cut short or empty. Leave "
-                "steps_per_epoch away: an epoch is then one pass over the data. Or tell their "
-                "number: QueueRunner(samples=...).",
-                RuntimeWarning,
-                stacklevel=1,
-            )
+        if self._asked and not self._told and self._batches() is None:
+            batches = -(-self.samples // self.batch_size)
+            self._told = warned_of_too_few(batches, *self._asked)
 
     def _batches(self) -> int | None:
         """How many a pass has, where that is known and no worker may be left out."""
@@ -375,16 +374,12 @@ class QueueRunner:
 
     def _shape(self) -> Shape:
         """The queue's: by the given spec, or else by the first batch."""
-        options = self._options
         try:
-            spec = options.spec or self._with_workers(None).spec()
-            options.check_memory(spec)
+            spec = self._options.spec or self._with_workers(None).spec()
+            return Shape(*self._options.queue(spec))
         except BaseException:
             self.stop()
             raise
-        return Shape(
-            spec, options.batch_size, options.capacity, options.min_after_dequeue, options.seed
-        )
 
     def _listen(self) -> None:
         if self._ear_closes is None:

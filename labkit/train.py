@@ -44,6 +44,7 @@ def train(
     pools: tuple[int, int] = (1, 1),
     on_start: Callable[[Any, Any], None] | None = None,
     n_threads: int | None = None,
+    order: Literal["any", "fixed"] = "any",
 ) -> History:
     """Trains the CNN on MNIST and measures where the time goes.
 
@@ -69,6 +70,9 @@ def train(
         on_start: called once the workers run, with the QueueRunner (None without one) and the
             StepTimer, to watch them.
         n_threads: the old name of n_workers.
+        order: of the queue's batches, see `QueueRunner`. "fixed", on a CPU and with `pools` of 1
+            and 1, gives the same losses, step by step, in each run; on a GPU only after
+            `tf.config.experimental.enable_op_determinism()`.
 
     Returns:
         A `History`.
@@ -150,7 +154,7 @@ class _Run:
 
         batch_size, seed = settings["batch_size"], settings["seed"]
         if self.pipeline == "queue":
-            names = ("n_workers", "workers", "capacity", "min_after_dequeue", "seed")
+            names = ("n_workers", "workers", "capacity", "min_after_dequeue", "seed", "order")
             chosen = {name: settings[name] for name in names}
             self.runner = QueueRunner(self.factory, batch_size, **chosen)
             stack.callback(self.runner.stop)
@@ -252,6 +256,9 @@ def check_settings(settings: dict[str, Any]) -> None:
         check(name, is_integer(settings[name], 1), "an integer >= 1")
     check("pipeline", settings["pipeline"] in PIPELINES, f"one of {PIPELINES}")
     check("workers", settings["workers"] in KINDS, " or ".join(map(repr, KINDS)))
+    check("order", settings["order"] in ("any", "fixed"), "'any' or 'fixed'")
+    in_turn = settings["order"] == "any" or settings["n_workers"] != "auto"
+    check("n_workers", in_turn, "a number for order='fixed', since workers take turns")
     check("seed", is_integer(settings["seed"], 0, 2**31 - 1), "an integer from 0 to 2**31 - 1")
     for name in ("delay", "learning_rate"):
         check(name, is_number(settings[name]), "a number >= 0")

@@ -80,6 +80,12 @@ def test_what_a_batch_computes_is_measured_on_a_busy_machine_too(few_settings):
     computes = labkit.diagnose(heavy(busy_python(0.02)), 0.002, **VERY_QUICK)
     assert 0.01 < computes.demands["thread"].cpu < 0.06
     assert {row.workers for row in computes.rows} == {"thread", "process"}
+    thread, process = computes.demands["thread"], computes.demands["process"]
+    assert (thread.moved, process.moved) == (2 * 8 * 20, 3 * 8 * 20)  # of 8 samples, 20 bytes each
+    assert 0 < thread.bandwidth < np.inf
+    # The batches on their way; and an interpreter with NumPy.
+    assert 0 < thread.memory < 1e5 < 2e6 < process.memory < process.free
+    assert computes.ready_rate > 0 and "Headroom" in str(computes) and "Memory: " in str(computes)
 
 
 @pytest.mark.parametrize(
@@ -515,6 +521,27 @@ def test_bounds_are_the_operational_laws():
     assert four["the model"] == pytest.approx(100)
 
 
+def test_no_more_batches_come_than_their_bytes_can_be_moved():
+    need = Demands(0.01, 0.001, 0, 0.001, 0.001, 64, moved=3e6, bandwidth=3e8)
+    assert bounds(1, need)["moving the bytes"] == bounds(64, need)["moving the bytes"] == 100
+    assert laws.limit(1, need, 95) != "moving the bytes" == laws.limit(4, need, 95)
+    # What has passed it has shown that the machine moves more.
+    (faster,) = laws.corrected({"thread": need}, {("thread", 4): 130}).values()
+    assert bounds(4, faster)["moving the bytes"] == pytest.approx(130)
+
+
+def test_more_workers_than_there_is_memory_for_are_not_tried_and_are_bound_by_it():
+    need = Demands(0.05, 0.001, 0, 0.001, 0.001, 8, memory=1.5e9, free=7e9)
+    assert laws.to_try([1, 2, 4, 8], need)[-1] == 4
+    assert laws.limit(4, need, 80) == "the generator" and laws.limit(8, need, 80) == "memory"
+    assert laws.to_try([1, 2, 4, 8], replace(need, free=1e9)) == [1, 2]  # those have run alone
+    words = laws.memory(
+        {"thread": replace(need, memory=2e6), "process": need}, {"thread": 8, "process": 8}
+    )
+    assert "a thread takes 2 MB, 8 take 16 MB; a process takes 1.5 GB, 8 take 12.0 GB" in words
+    assert "7.0 GB are free" in words and laws.memory({"thread": replace(need, memory=0)}, {}) == ""
+
+
 @pytest.mark.parametrize(
     ("wall", "cpu", "gain", "shares_lock", "expected"),
     [
@@ -580,16 +607,23 @@ def test_four_that_gain_a_third_over_two_do_not_take_turns(monkeypatch):
 # -- measurements that are made up: numbers in, report out -----------------------------------------
 
 
-def made_up(monkeypatch, alone, cpu, step, together, own=None, problems=None, again=None):
+def made_up(
+    monkeypatch, alone, cpu, step, together, own=None, problems=None, again=None, memory=0, moved=0
+):
     """A report of batches of one sample, on two cores. `alone`: batches/s by setting; `cpu` and
-    `own`: seconds of a batch; `step`: seconds, `again` at the end; `together`: steps/s."""
+    `own`: seconds of a batch; `step`: seconds, `again` at the end; `together`: steps/s. `memory`:
+    bytes of a process, where 1 GB is free; `moved`: bytes of a batch, of 1 GB/s."""
     monkeypatch.setattr("labkit.instruments.diagnosis.usable_cores", lambda: 2)
     monkeypatch.setitem(KINDS, "process", replace(KINDS["process"], limit=lambda: 2))
     own = 1 / alone["thread", 1] if own is None else own
-    single = {key: Alone(rate, cpu, own) for key, rate in alone.items()}
+    single = {
+        (kind, n): Alone(rate, cpu, own, memory=memory * (kind == "process"))
+        for (kind, n), rate in alone.items()
+    }
     steps = [(step, 0.001), (again or step * 1.01, 0.001)]
     both = {key: list(rates) for key, rates in together.items()}
-    measured = Measured(single, problems or {}, both, steps)
+    bytes_of = dict.fromkeys(KINDS, moved)
+    measured = Measured(single, problems or {}, both, steps, bytes_of, 1e9, 1e9)
     return report_of(measured, 1, 1.0, light, Model.of(step, None), None)
 
 
@@ -662,6 +696,48 @@ def test_processes_beyond_the_cores_are_considered_where_the_generator_waits(mon
     report = made_up(monkeypatch, alone, 0.02, 0.005, both)
     assert report.nature == "holds the GIL" and report.best.name == "2 processes"
     assert {row.n for row in report.rows if row.workers == "process"} == {1, 2}
+
+
+WAITS = {
+    "alone": {("thread", 1): 43, ("thread", 2): 84, ("process", 1): 43, ("process", 2): 85},
+    "cpu": 0.003,
+    "step": 0.005,
+    "together": {**threads(42, 70, 60, 55, 50, 45), **threads(42, 84, kind="process")},
+}
+
+
+def test_a_setting_that_does_not_fit_in_memory_is_neither_recommended_nor_run(monkeypatch):
+    assert made_up(monkeypatch, **WAITS, memory=200e6).best.name == "4 processes"
+    report = made_up(monkeypatch, **WAITS, memory=300e6)  # of 1 GB that is free
+    bound_by = {row.n: row.bound_by for row in report.rows if row.workers == "process"}
+    assert bound_by[4] == "memory" != bound_by[2]
+    assert report.best.name == "2 processes"
+    assert "a process takes 300 MB, 4 take 1.2 GB; 1.0 GB are free" in str(report)
+    run = []
+    monkeypatch.setattr(type(report), "_measure", lambda self, row, _: run.append(row.name) or 1.0)
+    monkeypatch.setattr(report.model, "run", lambda *_: (0.005, 0.001))
+    report.check()
+    assert "4 processes" not in run and "memory" in {row.bound_by for row in report.rows}
+    assert best_of([replace(row, bound_by="memory") for row in report.rows]).n == 1
+
+
+def test_the_bytes_of_a_batch_limit_what_workers_can_bring(monkeypatch):
+    report = made_up(monkeypatch, **WAITS, moved=12e6)  # 83 batches/s at 1 GB/s
+    (two,) = [row for row in report.rows if row.name == "2 processes"]
+    assert two.bound_by == "moving the bytes" and "   moving the bytes  " in report.table()
+    assert "moving the bytes will be the limit, at 42%" in report.verdict
+
+
+def test_the_headroom_is_what_batches_that_are_ready_would_gain(monkeypatch):
+    report = made_up(monkeypatch, **WAITS)
+    assert "Headroom" not in str(report)  # not measured
+    report.ready_rate = 1.5 * report.best.predicted
+    assert report.headroom == pytest.approx(1.5)
+    assert "Headroom 1.50x: with its batches cached" in str(report)
+    assert f"{report.best.name} would make {report.ready_rate:.1f} steps/s" in str(report)
+    left = made_up(monkeypatch, **FREE)  # its own loop, without a queue
+    assert left.leave and left.headroom == left.model_rate / left.serial_rate
+    assert "your loop would make" in str(left)
 
 
 def test_over_repeated_diagnoses_ranges_hold_ninety_percent_and_the_advice_stays(monkeypatch):

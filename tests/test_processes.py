@@ -112,6 +112,23 @@ def test_what_cannot_be_pickled_is_named(where):
     assert "workers='thread'" in str(caught.value)
 
 
+@pytest.mark.parametrize("make", ["dataset", "model", "variable"])
+def test_tensorflows_things_in_a_process_are_met_with_a_sentence(make):
+    thing = {
+        "dataset": lambda: tf.data.Dataset.range(4).batch(2),
+        "model": lambda: tf.keras.Sequential([tf.keras.Input((1,)), tf.keras.layers.Dense(1)]),
+        "variable": lambda: tf.Variable(1.0),
+    }[make]()
+
+    def factory():
+        yield (thing,)
+
+    name = rf"factory\.thing' \({type(thing).__name__}\)"
+    words = rf"{name} cannot be pickled \(it is TensorFlow's.*inside the factory"
+    with pytest.raises(TypeError, match=words):
+        QueueRunner(factory, 4, 1, "process", **SMALL).dataset()
+
+
 def test_workers_import_no_tensorflow_and_one_thread_of_blas(small_mnist):
     data = MnistDataGenerator(4, busy_python(0.0), data=small_mnist)
 

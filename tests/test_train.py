@@ -387,7 +387,7 @@ def test_the_disk_that_is_full_at_the_end_is_told_in_one_line(capsys, tmp_path, 
 
 ALL_FLAGS = [
     "n_thread", "pipeline", "workers", "epochs", "steps", "batch_size", "delay", "learning_rate",
-    "capacity", "min_after_dequeue", "seed", "log_dir", "json", "plot", "version",
+    "capacity", "min_after_dequeue", "seed", "order", "log_dir", "json", "plot", "version",
 ]  # fmt: skip
 
 
@@ -444,7 +444,13 @@ def test_a_pipe_is_no_file_to_try(capsys, tmp_path):
 
 def test_large_batches_need_no_sizes_of_the_queue():
     settings = {**PLAN, "workers": "thread", "delay": 0.0, "learning_rate": 0.1, "seed": 0}
-    settings |= {"batch_size": 1024, "capacity": None, "min_after_dequeue": None, "log_dir": None}
+    settings |= {
+        "order": "any",
+        "batch_size": 1024,
+        "capacity": None,
+        "min_after_dequeue": None,
+        "log_dir": None,
+    }
     check_settings(settings)
     assert settings["capacity"] >= settings["min_after_dequeue"] + 1024
 

@@ -8,8 +8,8 @@ import pytest
 
 import labkit
 from labkit import QueueRunner
-from labkit.instruments.waiting import Waiting, verdict
-from labkit.instruments.watch_fit import FitWatch, _Tap
+from labkit.instruments.waiting import Waiting, total, verdict
+from labkit.instruments.watch_fit import _HELD, _RESTS_AFTER, FitWatch, _Slowing, _Tap
 from labkit.quiet import tf
 from tests.programs import run_program
 
@@ -174,6 +174,72 @@ def test_a_failure_in_a_step_is_the_users_and_leaves_nothing():
     with pytest.raises(tf.errors.InvalidArgumentError, match="the generator's own"):
         model.fit(data, verbose=0, callbacks=[kept])
     assert not isinstance(model.train_function, _Tap)
+
+
+HELD = _HELD + _RESTS_AFTER
+LONG = 1 + _HELD + HELD + 3  # calls, of which some train on batches taken ahead
+
+
+def counted(n, fails_at=None):
+    def factory():
+        for number in range(n):
+            if number == fails_at:
+                raise ValueError("the generator's own")
+            yield X[:SIZE] + number / n, Y[:SIZE]
+
+    spec = (tf.TensorSpec((None, 4)), tf.TensorSpec((None, 1)))
+    return tf.data.Dataset.from_generator(factory, output_signature=spec)
+
+
+@pytest.mark.parametrize("together", [1, 2])
+@pytest.mark.parametrize("steps", [None, LONG])
+def test_batches_taken_ahead_are_trained_on_in_their_order(together, steps):
+    steps, losses, kept = steps and steps * together, [], labkit.watch()
+    for callbacks in ([], [kept]):
+        model = new_model(steps_per_execution=together)
+        data = counted(LONG * together + (1 if steps is None else 0)).repeat(2 if steps else 1)
+        options = {"epochs": 2, "steps_per_epoch": steps, "verbose": 0, "shuffle": False}
+        history = model.fit(data, callbacks=callbacks, **options)
+        losses.append(history.history["loss"])
+    assert losses[0] == losses[1]
+    assert kept.epochs[0].calls == LONG - 1 - HELD + (steps is None)  # some were held
+
+
+def test_what_fails_while_batches_are_taken_ahead_fails_at_its_own_step():
+    model, kept = new_model(), labkit.watch()
+    with pytest.raises(tf.errors.InvalidArgumentError, match="the generator's own"):
+        model.fit(counted(LONG, fails_at=LONG - 10), verbose=0, callbacks=[kept])
+    assert int(model.optimizer.iterations) == LONG - 10
+    assert kept.epochs[0].steps - kept.epochs[0].calls == LONG - 10 - 1 - _HELD  # were held
+
+
+def test_a_step_that_is_slower_while_data_are_made_counts_as_lost():
+    slowing = _Slowing()
+    slowing.most = 1000
+    for _ in range(_HELD):
+        assert not slowing.calls_to_hold(10, math.inf)
+        slowing.note(0.005, held=False, last=False)
+    assert not slowing.calls_to_hold(30, HELD - 1)
+    assert slowing.calls_to_hold(30, HELD) == HELD
+    for number in range(HELD):
+        slow = number < _RESTS_AFTER  # the producers still fill their buffers
+        slowing.note(0.005 if slow else 0.002, held=True, last=number == HELD - 1)
+    assert slowing.seconds == pytest.approx(0.003)
+    assert not slowing.calls_to_hold(31, math.inf)
+    lost = Waiting(steps=100, seconds=1.0, waited=0.1, measured=1.0, calls=100, slow=0.003)
+    assert lost.share == pytest.approx(0.4)
+    assert "40% waiting for data (30% as steps that making them slows down)" in str(lost)
+    assert total([lost, lost]).share == pytest.approx(0.4)
+    assert total([lost, Waiting(100, 1.0, 0.1, 1.0, 100)]).share == pytest.approx(0.25)
+
+
+def test_large_batches_are_held_in_small_numbers_or_not_at_all():
+    slowing = _Slowing()
+    for _ in range(_HELD):
+        slowing.note(0.005, held=False, last=False)
+    assert not slowing.calls_to_hold(30, math.inf)
+    slowing.most = HELD // 2
+    assert slowing.calls_to_hold(30, math.inf) == HELD // 2
 
 
 def test_a_callback_that_is_gone_lets_the_step_pass():

@@ -34,6 +34,8 @@ class Kind:
         plural: what several are called.
         shares_lock: Python's lock (GIL) is one for them and the training step.
         ahead: the most chunks that one of them has ready.
+        copies: of a batch's bytes on their way, at the least: into the queue, out of it, and of a
+            process into shared memory. One fewer of large samples, which are queued as they lie.
     """
 
     pool: type[Pool]
@@ -41,10 +43,11 @@ class Kind:
     plural: str
     shares_lock: bool = False
     ahead: int = 2
+    copies: int = 2
 
 
 # The cheapest first: one worker of it is the serial loop.
 KINDS: dict[str, Kind] = {
     "thread": Kind(ThreadPool, lambda: 32, "threads", shares_lock=True),
-    "process": Kind(ProcessPool, usable_cores, "processes", ahead=MOST_CHUNKS),
+    "process": Kind(ProcessPool, usable_cores, "processes", ahead=MOST_CHUNKS, copies=3),
 }

@@ -16,6 +16,7 @@ from labkit.engine.batches import Spec
 from labkit.engine.pickling import dump_error, dump_spec, unpickle_factory
 from labkit.engine.produce import Made, produce
 from labkit.engine.ring import Layout, Writer
+from labkit.engine.stage import listen
 from labkit.engine.tracebacks import describe
 
 
@@ -83,8 +84,10 @@ class _Child:
             raise _ParentGone from None
 
     def run(self, buffers: int) -> None:
-        code, sizes, spec, index, self._epoch = pickle.loads(self.hear())
+        code, sizes, spec, index, self._epoch, stages = pickle.loads(self.hear())
         factory = unpickle_factory(code, buffers, sizes)
+        if stages:
+            listen()
         while True:
             epoch = self._epoch
             for made in produce(factory, index, epoch, spec, copies=False):
@@ -106,10 +109,10 @@ class _Child:
             while not self._may_send and self._epoch == epoch:
                 self._listen()
             if self._epoch == epoch:
-                self.tell("chunk", (made.arrays, made.seconds, epoch))
+                self.tell("chunk", (made.arrays, made.seconds, epoch, (), True, made.stages))
                 self._may_send -= 1
             return self._epoch == epoch
-        start, rows = 0, len(made.arrays[0])
+        start, rows, stages = 0, len(made.arrays[0]), made.stages
         while start < rows and self._epoch == epoch:
             if not self._writer.free:
                 self._listen()
@@ -117,7 +120,9 @@ class _Child:
             begin = start
             slots, start = self._writer.write(made.arrays, start)
             share = made.seconds * (start - begin) / rows
-            self._say(wire.pack_chunk(epoch, start - begin, share, slots))
+            last = start == rows
+            self._say(wire.pack_chunk(epoch, start - begin, share, last, slots, stages))
+            stages = None
         return self._epoch == epoch
 
     def _lay_out(self, spec: Spec, rows: int) -> None:

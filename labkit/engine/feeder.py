@@ -23,6 +23,7 @@ from labkit.engine.batches import Spec
 from labkit.engine.heard import Heard
 from labkit.engine.interrupts import ear
 from labkit.engine.messages import Chunk, Ended, Lost, WorkerError
+from labkit.engine.order import Reservoir, Turns
 from labkit.engine.pool import Pool
 
 _TICK = 0.1
@@ -54,6 +55,8 @@ class Terms:
         capacity: samples that the queue holds.
         samples: of a pass, where they are known.
         scaler: of n_workers="auto".
+        fixed: workers deliver in turn, so that the order is always the same.
+        mixed: samples that stay behind for mixing by the feeder itself, seeded with `seed`.
     """
 
     on_error: str
@@ -62,6 +65,9 @@ class Terms:
     capacity: int
     samples: int | None = None
     scaler: Scaler | None = None
+    fixed: bool = False
+    mixed: int = 0
+    seed: int = 0
 
 
 class Feeder:
@@ -69,15 +75,14 @@ class Feeder:
 
     Attributes:
         error: what ended the run, or None.
-        samples: put into the queue in this pass.
         heard: what the workers' chunks told.
     """
 
     def __init__(self, pool: Pool, terms: Terms) -> None:
         self.pool, self.terms = pool, terms
         self.error: BaseException | None = None
-        self.samples = 0
         self.heard = Heard(pool)
+        self._turns: Turns | None = None
         self._ended: set[int] = set()
         self._lost: set[int] = set()
         self._spec_known = threading.Event()
@@ -139,8 +144,15 @@ class Feeder:
         threading.Thread(target=self.stop, name="labkit end", daemon=True).start()
 
     def depth(self) -> int:
-        """Samples in the queue now; 0 when it is not running."""
-        return 0 if self._queue is None or not self.alive else self._queue.size()
+        """Samples in the queue now, and those that wait to be mixed; 0 when it is not running."""
+        queue, turns = self._queue, self._turns
+        mixing = 0 if turns is None else turns.reservoir.count
+        return 0 if queue is None or not self.alive else queue.size() + mixing
+
+    @property
+    def samples(self) -> int:
+        """Put into the queue in this pass."""
+        return self.heard.samples
 
     @property
     def alive(self) -> bool:
@@ -198,16 +210,17 @@ class Feeder:
         if epoch != self.pool.epoch:
             self.pool.next_epoch(epoch)
             self._ended = set(self._lost)
-        self.samples = 0
+        self.heard.samples = 0
         self.heard.counts.clear()
+        self._take_turns(epoch)
         self.pool.set_active(self._wanted())
         interrupt = _LostInterrupt(queue, self.terms)
         while not self._stopping.is_set() and queue is self._queue:
             if self._all_done():
-                self._finish()
+                self._finish(queue)
                 queue.close(cancel=False)
                 return
-            message = self.pool.get(_TICK)
+            message = (self._turns or self.pool).get(_TICK)
             interrupt.check(self.samples)
             if isinstance(message, Chunk):
                 self._put(queue, message)
@@ -215,19 +228,29 @@ class Feeder:
                 self._note_end(message)
                 self.pool.set_active(self._wanted())
 
+    def _take_turns(self, epoch: int) -> None:
+        if self._turns is not None:
+            self._turns.give_up()
+        if self.terms.fixed:
+            reservoir = Reservoir(self.terms.mixed, self.terms.seed, epoch)
+            self._turns = Turns(self.pool, self._ended, reservoir)
+
     def _put(self, queue: Queue, first: Chunk) -> None:
         chunks = self._ready_together(first)
-        arrays = first.arrays
-        if len(chunks) > 1:
-            columns = zip(*(chunk.arrays for chunk in chunks), strict=True)
-            arrays = [np.concatenate(column) for column in columns]
         try:
-            if not queue.enqueue(arrays):
+            parts = [chunk.arrays for chunk in chunks]
+            if self._turns is not None:
+                mix = self._turns.reservoir.mix
+                parts = [mix(chunk.arrays, chunk.last) for chunk in chunks]
+            arrays = parts[0]
+            if len(parts) > 1:
+                arrays = [np.concatenate(column) for column in zip(*parts, strict=True)]
+            if len(arrays[0]) and not queue.enqueue(arrays):
                 return
         finally:
             for chunk in chunks:
                 self.pool.release(chunk)
-        self.samples += len(arrays[0])
+        self.heard.samples += len(arrays[0])
         for chunk in chunks:
             self.heard.note(chunk)
         if self.terms.scaler is not None:
@@ -241,14 +264,17 @@ class Feeder:
             self.pool.set_active(self._wanted())
 
     def _ready_together(self, first: Chunk) -> list[Chunk]:
-        """`first`, and what else is ready now if chunks are small: one enqueue serves several."""
+        """`first`, and what else is ready now if chunks are small: one enqueue serves several,
+        where samples are queued one by one."""
         chunks = [first]
         small = sum(getattr(part, "nbytes", _SMALL_BYTES) for part in first.arrays) < _SMALL_BYTES
+        small &= not (self.pool.job.keeps or self.terms.mixed)
+        source = self._turns or self.pool
         while small and len(chunks) < _TOGETHER:
-            message = self.pool.get(0)
+            message = source.get(0)
             if not isinstance(message, Chunk):
                 if message is not None:
-                    self.pool.put_back(message)
+                    source.put_back(message)
                 break
             chunks.append(message)
         return chunks
@@ -283,8 +309,13 @@ class Feeder:
         gone = self._ended if shares else self._lost | (self._ended - self.heard.workers)
         return min(self.pool.n_workers, self.terms.scaler.count + len(gone))
 
-    def _finish(self) -> None:
+    def _finish(self, queue: Queue) -> None:
         pool = self.pool
+        if self._turns is not None and self._turns.reservoir.count:
+            arrays = self._turns.reservoir.rest()
+            if not queue.enqueue(arrays):
+                return
+            self.heard.samples += len(arrays[0])
         if not self.samples and not self._lost:
             raise self._nothing_came(0)
         if not pool.factory.shards and self.terms.samples != self.samples:

@@ -2,6 +2,8 @@
 
 import collections
 import hashlib
+import sys
+import types
 import warnings
 from collections.abc import Sequence, Set
 from typing import Any
@@ -16,13 +18,14 @@ class Heard:
     Attributes:
         workers: numbers of those that have delivered.
         counts: samples of each of them in this pass.
+        samples: put into the queue in this pass.
         rows: of the chunk that the spec was read from; 0 where it was given.
     """
 
     def __init__(self, pool: Pool) -> None:
         self.workers: set[int] = set()
         self.counts: collections.Counter[int] = collections.Counter()
-        self.rows = 0
+        self.samples = self.rows = 0
         self._pool, self._epoch = pool, pool.epoch
         self._digests: dict[int, bytes] = {}  # of each worker's first chunk
         self._told = False
@@ -52,6 +55,37 @@ class Heard:
 
     def all_began_alike(self, workers: Set[int]) -> bool:
         return self._digests.keys() >= workers and len(set(self._digests.values())) == 1
+
+
+def steps_asked_for() -> tuple[int, int] | None:
+    """Of the `fit` that calls this: `steps_per_epoch` and epochs; None without one.
+
+    Keras does not tell its data for whom they are, so the caller's own stack is looked at.
+    """
+    frame: types.FrameType | None = sys._getframe()
+    while frame is not None:
+        name, file = frame.f_code.co_name, frame.f_code.co_filename
+        if name in ("fit", "evaluate", "predict") and file.endswith("trainer.py"):
+            given = frame.f_locals
+            steps = given.get("steps_per_epoch")
+            return (steps, given["epochs"] - given["initial_epoch"]) if steps else None
+        frame = frame.f_back
+    return None
+
+
+def warned_of_too_few(batches: int, steps: int, epochs: int) -> bool:
+    """Whether a pass of so many batches is too short for what `fit` was asked for; warns if so."""
+    if steps * epochs <= batches:
+        return False
+    warnings.warn(
+        f"QueueRunner: the data have {batches} batches, which fit(steps_per_epoch={steps}, "
+        f"epochs={epochs}) uses up, so that an epoch is cut short or empty. Leave steps_per_epoch "
+        "away: an epoch is then one pass over the data. Or tell their number: "
+        "QueueRunner(samples=...).",
+        RuntimeWarning,
+        stacklevel=1,
+    )
+    return True
 
 
 def _digest(arrays: Sequence[Any]) -> bytes:

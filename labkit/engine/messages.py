@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from typing import Any
 
+from labkit.engine.stage import Times
+
 
 class WorkerError(RuntimeError):
     """What went wrong in a worker; `worker` is its number. The cause, if any, is `__cause__`."""
@@ -16,7 +18,9 @@ class Chunk:
 
     `arrays` has one array per component, `[rows, ...]`; or, of large samples from a process, one
     sequence of arrays, a sample each, which may be kept. `seconds` is the time that the iterator
-    took, `epoch` the pass that the batch belongs to.
+    took, `epoch` the pass that the batch belongs to; `last`: nothing of the batch is still to come.
+    `stages`: what those of the whole batch took, with its first chunk; None in others, and where
+    the pool's job does not ask for them.
     """
 
     worker: int
@@ -24,6 +28,8 @@ class Chunk:
     seconds: float
     epoch: int
     slots: tuple[int, ...] = ()
+    last: bool = True
+    stages: Times | None = None
 
 
 @dataclass

@@ -15,10 +15,12 @@ from labkit.engine.pool import Job
 from labkit.engine.produce import IteratorFactory
 
 
-def queue_sizes(batch_size: int, capacity: Any, min_after_dequeue: Any) -> tuple[Any, Any]:
+def queue_sizes(
+    batch_size: int, capacity: Any, min_after_dequeue: Any, shuffle: bool = True
+) -> tuple[Any, Any]:
     """Capacity and min_after_dequeue: as given, or else to fit the batch size."""
     mixing = max(1000, 4 * batch_size)
-    least = mixing if min_after_dequeue is None else min_after_dequeue
+    least = mixing * shuffle if min_after_dequeue is None else min_after_dequeue
     if capacity is None:
         # What is no number is refused by name later.
         capacity = mixing + (least if is_integer(least) else 0)
@@ -42,6 +44,8 @@ class Options:
     seed: int | None
     samples: int | None
     reuses_buffers: bool
+    order: str
+    shuffle: bool
 
     def __post_init__(self) -> None:
         def check(name: str, fits: bool, what: str) -> None:
@@ -52,7 +56,8 @@ class Options:
         several = self.n_workers == "auto" or is_integer(self.n_workers, 1)
         check("n_workers", several, "'auto' or >= 1")
         check("batch_size", is_integer(self.batch_size, 1), "an integer >= 1")
-        sizes = queue_sizes(self.batch_size, self.capacity, self.min_after_dequeue)
+        check("shuffle", isinstance(self.shuffle, bool), "True or False")
+        sizes = queue_sizes(self.batch_size, self.capacity, self.min_after_dequeue, self.shuffle)
         for name, size in zip(("capacity", "min_after_dequeue"), sizes, strict=True):
             object.__setattr__(self, name, size)
         for name in ("max_workers", "samples"):
@@ -61,12 +66,30 @@ class Options:
         least, size = self.min_after_dequeue, self.batch_size
         fits = is_integer(least, 0) and is_integer(self.capacity, least + size)
         check("capacity", fits, f"at least min_after_dequeue + batch_size ({least} + {size})")
+        check("order", self.order in ("any", "fixed"), "'any' or 'fixed'")
+        check("seed", self.seed is None or is_integer(self.seed), "None or an integer")
+        in_turn = self.order == "any" or self.n_workers != "auto"
+        check("n_workers", in_turn, "a number for order='fixed', since workers take turns")
+        without = self.shuffle or not least
+        check("min_after_dequeue", without, "0 or left away for shuffle=False")
         timeout = self.timeout
         in_time = timeout is None or (isinstance(timeout, (int, float)) and timeout > 0)
         check("timeout", in_time, "None or seconds > 0")
         IteratorFactory(self.iterator, 1)
         if self.spec is not None:
             object.__setattr__(self, "spec", Spec.given(self.spec))
+
+    @property
+    def _mixed(self) -> int:
+        """Samples that the feeder mixes itself: TensorFlow's queue would by who is first."""
+        return self.min_after_dequeue if self.order == "fixed" else 0
+
+    def queue(self, spec: Spec) -> tuple[Any, ...]:
+        """What its `tf_queue.Shape` is made of. Raises MemoryError where that would not fit."""
+        self.check_memory(spec)
+        mixes = self.shuffle and self.order == "any"
+        least = self.min_after_dequeue - self._mixed
+        return spec, self.batch_size, self.capacity - self._mixed, least, self.seed, mixes
 
     def feeder(self, n_workers: int | str, spec: Spec | None, epoch: int) -> Feeder:
         """A new run, whose first pass has the number `epoch`."""
@@ -79,15 +102,19 @@ class Options:
             self.timeout,
             self.capacity + 2 * self.batch_size,
             self.reuses_buffers,
+            not self.shuffle,
             epoch,
         )
         terms = Terms(
             self.on_error,
             self.batch_size,
-            self.min_after_dequeue + self.batch_size,
-            self.capacity,
+            self.min_after_dequeue - self._mixed + self.batch_size,
+            self.capacity - self._mixed,
             self.samples,
             Scaler(limit) if auto else None,
+            self.order == "fixed",
+            self._mixed,
+            (self.seed or 0) % 2**63,
         )
         return Feeder(kind.pool(job), terms)
 

@@ -41,29 +41,47 @@ def pickle_factory(factory: IteratorFactory) -> tuple[bytes, int, list[int]]:
         buffers.append(view)
         return False
 
-    class Pickler(cloudpickle.CloudPickler):
-        # cloudpickle drops the file names of code, and with them the lines of every traceback.
-        def reducer_override(self, thing: Any) -> Any:
-            if isinstance(thing, types.CodeType):
-                make, parts = self.dispatch_table[types.CodeType](thing)
-                return _code_of_file, (thing.co_filename, make, parts)
-            return super().reducer_override(thing)
-
-    code = io.BytesIO()
     try:
-        Pickler(code, protocol=5, buffer_callback=keep).dump(factory)
+        code = _dump(factory, keep)
     except Exception as error:
         raise TypeError(
             "labkit: workers='process' must send the iterator factory to another process, and "
-            f"{_unpicklable(factory.users)} cannot be pickled ({error}). Open it inside the "
-            "factory instead, or use workers='thread'."
+            f"{_unpicklable(factory.users)} cannot be pickled ({error}). Open or make it inside "
+            "the factory instead, or use workers='thread'."
         ) from error
     sizes = [view.nbytes for view in buffers]
     memory = shared_memory(sum(sizes), "the arrays that the factory uses")
     with os.fdopen(os.dup(memory), "wb") as file:
         for view in buffers:
             file.write(view)
-    return code.getvalue(), memory, sizes
+    return code, memory, sizes
+
+
+def _dump(thing: Any, keep: Callable[[pickle.PickleBuffer], bool] | None = None) -> bytes:
+    import cloudpickle
+
+    class Pickler(cloudpickle.CloudPickler):
+        # cloudpickle drops the file names of code, and with them the lines of every traceback.
+        def reducer_override(self, thing: Any) -> Any:
+            if isinstance(thing, types.CodeType):
+                make, parts = self.dispatch_table[types.CodeType](thing)
+                return _code_of_file, (thing.co_filename, make, parts)
+            if _is_tensorflows(thing):
+                raise TypeError("it is TensorFlow's, and stays in its process")
+            return super().reducer_override(thing)
+
+    code = io.BytesIO()
+    Pickler(code, protocol=5, buffer_callback=keep).dump(thing)
+    return code.getvalue()
+
+
+def _is_tensorflows(thing: Any) -> bool:
+    """A dataset, model, layer or variable. Some can be pickled, and hold up each worker until it
+    has imported TensorFlow and found a device, if it comes to that."""
+    return any(
+        kind.__name__ == "Trackable" and kind.__module__.startswith("tensorflow.")
+        for kind in type(thing).__mro__
+    )
 
 
 def unpickle_factory(code: bytes, memory: int, sizes: list[int]) -> IteratorFactory:
@@ -83,9 +101,7 @@ def _code_of_file(
 
 
 def _unpicklable(thing: Any, name: str = "", depth: int = 0) -> str:
-    """The path to the innermost attribute, closure or global that cloudpickle refuses."""
-    import cloudpickle
-
+    """The path to the innermost attribute, closure or global that cannot be pickled."""
     name = name or getattr(thing, "__qualname__", type(thing).__name__)
     parts: dict[str, Any] = dict(getattr(thing, "__dict__", {}))
     function = getattr(thing, "__func__", thing)
@@ -95,9 +111,9 @@ def _unpicklable(thing: Any, name: str = "", depth: int = 0) -> str:
         parts.update(free.globals)
     if hasattr(thing, "__self__"):
         parts["__self__"] = thing.__self__
-    for key, part in parts.items() if depth < 4 else ():
+    for key, part in parts.items() if depth < 4 and not _is_tensorflows(thing) else ():
         try:
-            cloudpickle.dumps(part)
+            _dump(part)
         except Exception:
             inner = name if key == "__self__" else f"{name}.{key}"
             return _unpicklable(part, inner, depth + 1)

@@ -42,7 +42,9 @@ class Job:
         timeout: seconds that a worker may spend on one batch; None: for ever.
         kept: samples that whoever takes the chunks will hold at a time.
         copies: the iterators may write into an array again after they have yielded it.
+        keeps: whoever takes the chunks keeps their arrays, so they are nobody else's.
         epoch: the number of the first pass.
+        stages: the iterators' stages are to be timed; a kind that cannot do that leaves them away.
     """
 
     factory: IteratorFactory
@@ -50,7 +52,9 @@ class Job:
     timeout: float | None = None
     kept: int = 0
     copies: bool = True
+    keeps: bool = False
     epoch: int = 0
+    stages: bool = False
 
 
 class Pool(ABC):

@@ -14,7 +14,7 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 from labkit.engine import wire
-from labkit.engine.batches import Spec
+from labkit.engine.batches import Spec, aligned_copy
 from labkit.engine.messages import Chunk, Ended, Lost, Message
 from labkit.engine.pickling import load_error, pickle_factory
 from labkit.engine.pool import Job, Pool
@@ -54,7 +54,7 @@ class ProcessPool(Pool):
     def _start(self, worker: int) -> None:
         # A quarter more, since a shuffling queue does not hold the same number of each worker's.
         kept = -(-5 * self.job.kept // (4 * self.n_workers))
-        orders = (self._code, self._sizes, self.spec, worker, self.epoch)
+        orders = (self._code, self._sizes, self.spec, worker, self.epoch, self.job.stages)
         process = _Process(worker, orders, self._buffers, kept)
         self._workers.append(process)
         self._selector.register(process.connection, selectors.EVENT_READ, process)
@@ -92,6 +92,11 @@ class ProcessPool(Pool):
             self.spec = self.spec or message
             self._states[process.index].since = time.monotonic()
             return None
+        if self.job.keeps and isinstance(message, Chunk):
+            # What lies in the ring is written over, once its slots are given back.
+            message.arrays = [
+                a if isinstance(a, tuple) else aligned_copy(a) for a in message.arrays
+            ]
         return message
 
     def _lost(self, process: "_Process") -> Lost:
@@ -191,9 +196,10 @@ class _Process:
         data = self.connection.recv_bytes()
         chunk = wire.unpack_chunk(data)
         if chunk is not None:
-            epoch, rows, seconds, slots = chunk
             assert self.ring is not None
-            return Chunk(self.index, self.ring.read(slots, rows), seconds, epoch, slots)
+            epoch, rows, seconds, slots, last, stages = chunk
+            arrays = self.ring.read(slots, rows)
+            return Chunk(self.index, arrays, seconds, epoch, slots, last, stages)
         kind, content = pickle.loads(data)
         if kind == "first":
             code, rows = content

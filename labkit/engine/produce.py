@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 from labkit.engine.batches import ALONE, Arrays, BatchError, Spec, short
+from labkit.engine.stage import Times, take
 
 _KNOWN = {"worker", "n_workers", "epoch"}
 _MOST_EMPTY = 10_000  # in a row
@@ -30,17 +31,14 @@ class IteratorFactory:
 
     def __init__(self, factory: Callable[..., Iterable[Any]], n_workers: int) -> None:
         if not callable(factory):
-            cure = (
-                "Pass the function itself, without calling it: data.train_iterator, or "
-                "lambda: iter(your_object)."
-            )
-            if any(hasattr(part, "shape") for part in (factory, *_parts(factory))):
-                cure = "Of arrays: lambda: zip(np.array_split(x, 100), np.array_split(y, 100))."
             raise TypeError(
                 "labkit: iterator must be a function that returns a new iterator, "
-                f"got {short(factory)}. {cure}"
+                f"got {short(factory)}. Pass the function itself, without calling it: "
+                "data.train_iterator, or lambda: iter(your_object)."
             )
-        self.factory, self.n_workers = factory, n_workers
+        # What labkit has made of a data set may hold the state of a run: each run has its own.
+        self.factory = getattr(factory, "_labkit_fresh", lambda: factory)()
+        self.n_workers = n_workers
         # What labkit has wrapped itself is not what errors should speak of.
         self.users = getattr(factory, "_labkit_wraps", factory)
         parameters = _parameters(factory)
@@ -113,21 +111,19 @@ def _parameters(factory: Any) -> Mapping[str, inspect.Parameter]:
     return {}
 
 
-def _parts(factory: Any) -> tuple[Any, ...]:
-    return tuple(factory) if isinstance(factory, (tuple, list)) else ()
-
-
 def _needed(parameter: inspect.Parameter) -> bool:
     variable = parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
     return parameter.default is parameter.empty and not variable
 
 
 class Made(NamedTuple):
-    """A batch's arrays, the spec that they fit, and the seconds that the iterator took."""
+    """A batch's arrays, the spec that they fit, and the seconds that the iterator and, if anybody
+    listens, its stages took."""
 
     spec: Spec
     arrays: Arrays
     seconds: float
+    stages: Times | None = None
 
 
 def produce(
@@ -141,6 +137,7 @@ def produce(
     """
     iterator = factory(worker, epoch)
     empty = 0
+    take()  # what came after the last batch of another pass
     began = time.perf_counter()
     for batch in iterator:
         alone = sys.getrefcount(batch) <= ALONE
@@ -158,7 +155,7 @@ def produce(
         except BatchError as error:
             error.add_note(_yielded_at(iterator) or factory.where())
             raise
-        yield Made(spec, arrays, time.perf_counter() - began)
+        yield Made(spec, arrays, time.perf_counter() - began, take())
         began = time.perf_counter()
 
 

@@ -1,4 +1,4 @@
-"""The RandomShuffleQueue, in a graph and without one: all that the engine knows of TensorFlow."""
+"""The queue, in a graph and without one: all that the engine knows of TensorFlow."""
 
 import collections
 import concurrent.futures
@@ -6,8 +6,6 @@ import contextlib
 import functools
 import itertools
 import os
-import sys
-import types
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -17,6 +15,7 @@ import numpy as np
 
 from labkit.engine.batches import Component, Spec, short
 from labkit.engine.messages import WorkerError
+from labkit.engine.order import Cutter
 from labkit.quiet import tf
 
 _v1 = tf.compat.v1
@@ -27,22 +26,31 @@ _CLOSED = (tf.errors.OpError, RuntimeError)
 
 @dataclass(frozen=True)
 class Shape:
-    """What a queue is made of: samples it holds, samples that stay behind, samples per batch."""
+    """What a queue is made of: samples it holds, samples that stay behind, samples per batch.
+
+    One that `mixes` is a RandomShuffleQueue of samples; one that does not is a FIFOQueue of whole
+    batches, which nobody copies."""
 
     spec: Spec
     batch_size: int
     capacity: int
     min_after_dequeue: int
     seed: int | None
+    mixes: bool = True
 
-    def new_queue(self) -> tf.queue.RandomShuffleQueue:
-        components = self.spec.components
+    @property
+    def types(self) -> list[tf.DType]:
+        return [_tf_type(component) for component in self.spec.components]
+
+    @property
+    def shapes(self) -> list[tuple[int, ...]]:
+        return [component.shape for component in self.spec.components]
+
+    def new_queue(self) -> tf.queue.QueueBase:
+        if not self.mixes:
+            return tf.queue.FIFOQueue(self.capacity // self.batch_size, self.types)
         return tf.queue.RandomShuffleQueue(
-            self.capacity,
-            self.min_after_dequeue,
-            [_tf_type(component) for component in components],
-            [component.shape for component in components],
-            seed=self.seed,
+            self.capacity, self.min_after_dequeue, self.types, self.shapes, seed=self.seed
         )
 
 
@@ -50,38 +58,39 @@ class GraphQueue:
     """The queue and its ops in the default graph; `attach` makes it the queue of one session."""
 
     def __init__(self, shape: Shape) -> None:
-        self.spec, self._batch_size = shape.spec, shape.batch_size
+        self.spec, self._shape = shape.spec, shape
         self._attached: weakref.WeakSet[Any] = weakref.WeakSet()
-        spec = shape.spec
-        kinds = [_tf_type(c) for c in spec.components]
         with tf.name_scope("queue_runner"):
             self._queue = shape.new_queue()
-            self._feeds = [
-                _v1.placeholder(kind, (None, *c.shape))
-                for kind, c in zip(kinds, spec.components, strict=True)
-            ]
-            self._enqueue = self._queue.enqueue_many(self._feeds)
+            rows = [(None, *size) for size in shape.shapes]
+            self._feeds = list(map(_v1.placeholder, shape.types, rows))
+            put = self._queue.enqueue_many if shape.mixes else self._queue.enqueue
+            self._enqueue = put(self._feeds)
             # Large samples are queued one by one, as they lie, where enqueue_many copies them while
             # dequeues have to wait. In groups, since a call costs more than an op.
             feeds, singles = [], []
-            for _ in range(_GROUPS[0] if spec.large else 0):
-                sample = [
-                    _v1.placeholder(k, c.shape) for k, c in zip(kinds, spec.components, strict=True)
-                ]
+            one_by_one = shape.spec.large and shape.mixes
+            for _ in range(_GROUPS[0] if one_by_one else 0):
+                sample = list(map(_v1.placeholder, shape.types, shape.shapes))
                 feeds += sample
                 singles.append(self._queue.enqueue(sample))
             self._groups = [
-                (size, tf.group(singles[:size]), feeds[: size * len(kinds)])
-                for size in (_GROUPS if spec.large else ())
+                (size, tf.group(singles[:size]), feeds[: size * len(rows)])
+                for size in (_GROUPS if one_by_one else ())
             ]
             self._close = self._queue.close()
             self._cancel = self._queue.close(cancel_pending_enqueues=True)
             self._size = self._queue.size()
-            self._drain = tf.group(self._queue.dequeue_up_to(self._batch_size))
+            self._drain = tf.group(self._dequeue())
+
+    def _dequeue(self) -> Any:
+        if self._shape.mixes:
+            return self._queue.dequeue_up_to(self._shape.batch_size)
+        return self._queue.dequeue()
 
     def inputs(self) -> Any:
         """The tensors of one batch, in the batch's structure."""
-        parts = self._queue.dequeue_up_to(self._batch_size)
+        parts = self._dequeue()
         return _shaped(self.spec, parts if isinstance(parts, list) else [parts])
 
     def attach(self, sess: Any) -> "SessionQueue":
@@ -102,6 +111,7 @@ class GraphQueue:
         self._attached.add(sess)
         call = _in_callers_thread
         return SessionQueue(
+            self._shape,
             call(sess, self._enqueue, self._feeds),
             [(size, call(sess, group, feeds)) for size, group, feeds in self._groups],
             call(sess, self._close),
@@ -112,12 +122,20 @@ class GraphQueue:
 
 
 class _Queue:
-    """What both have in common: `_put`, `_close_it` and `_drain_some` are theirs."""
+    """What both have in common: `_put`, `_count`, `_close_it` and `_drain_some` are theirs."""
 
     _cancelled = False
+    _cutter: Cutter | None = None
+    _shape: Shape
 
     def enqueue(self, arrays: list[Any]) -> bool:
         """Puts samples in, waiting for room. False if it was cancelled meanwhile."""
+        if not self._shape.mixes:
+            self._cutter = self._cutter or Cutter(self._shape.batch_size)
+            return all(self._enqueue_as_is(batch) for batch in self._cutter.cut(arrays))
+        return self._enqueue_as_is(arrays)
+
+    def _enqueue_as_is(self, arrays: list[Any]) -> bool:
         try:
             self._put(arrays)
         except _CLOSED:
@@ -128,12 +146,15 @@ class _Queue:
     def size(self) -> int:
         """Samples in it now; 0 once it cannot be asked any more."""
         with contextlib.suppress(*_CLOSED):
-            return self._count()
+            return self._count() * (1 if self._shape.mixes else self._shape.batch_size)
         return 0
 
     def close(self, cancel: bool) -> None:
         """No more samples come; `cancel`: those that are in it are dropped, too."""
         self._cancelled |= cancel
+        left = None if cancel or self._cutter is None else self._cutter.rest()
+        if left is not None:
+            self._enqueue_as_is(left)
         with contextlib.suppress(*_CLOSED):
             self._close_it(cancel)
             while cancel and self._count():
@@ -149,6 +170,7 @@ class _Queue:
 class SessionQueue(_Queue):
     """A graph's queue in one session, by callables that are made before anything can go wrong."""
 
+    _shape: Shape
     _enqueue: Callable[..., Any]
     _groups: list[tuple[int, Callable[..., Any]]]
     _close: Callable[[], Any]
@@ -209,7 +231,8 @@ class _Names:
     rests long after its queue is gone, since a forgotten iterator may still have it.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, kind: str) -> None:
+        self._kind = kind
         self._resting: collections.deque[str] = collections.deque()
         self._gone: collections.deque[tuple[str, tf.Tensor]] = collections.deque()
         self._made = itertools.count()
@@ -223,41 +246,48 @@ class _Names:
         with contextlib.suppress(IndexError):
             if len(self._resting) > _RESTING:
                 return self._resting.popleft()
-        return f"labkit_{os.getpid()}_{next(self._made)}"
+        return f"labkit_{self._kind}_{os.getpid()}_{next(self._made)}"
 
     def give_back(self, name: str, handle: tf.Tensor) -> None:
         """From a finalizer, whose thread may be in the midst of tracing: no op may run here."""
         self._gone.append((name, handle))
 
 
-_names = _Names()
+_names = {mixes: _Names("shuffle" if mixes else "fifo") for mixes in (True, False)}
 
 
 class EagerQueue(_Queue):
     """The same queue without a graph, one for each pass."""
 
     def __init__(self, shape: Shape) -> None:
-        self._batch_size = shape.batch_size
-        self._kinds = [_tf_type(component) for component in shape.spec.components]
+        self._shape, self._kinds = shape, shape.types
         # Under tf.random.set_seed TensorFlow would draw another seed, so keep another kernel, each
         # time. Without `seed` the order is not repeatable anyway: it depends on who comes first.
         seeds = (0, 0) if shape.seed is None else _v1.get_seed(shape.seed)
-        name = _names.take()
+        names = _names[shape.mixes]
+        name = names.take()
+        common = {"component_types": self._kinds, "shared_name": name}
         with tf.device("/CPU:0"):
             # Not tf.queue.RandomShuffleQueue: each of those costs 37 KB for ever.
-            self.handle = tf.raw_ops.RandomShuffleQueueV2(
-                component_types=self._kinds,
-                shapes=[component.shape for component in shape.spec.components],
-                capacity=shape.capacity,
-                min_after_dequeue=shape.min_after_dequeue,
-                seed=seeds[0],
-                seed2=seeds[1],
-                shared_name=name,
+            self.handle = (
+                tf.raw_ops.RandomShuffleQueueV2(
+                    shapes=shape.shapes,
+                    capacity=shape.capacity,
+                    min_after_dequeue=shape.min_after_dequeue,
+                    seed=seeds[0],
+                    seed2=seeds[1],
+                    **common,
+                )
+                if shape.mixes
+                else tf.raw_ops.FIFOQueueV2(capacity=shape.capacity // shape.batch_size, **common)
             )
-        weakref.finalize(self, _names.give_back, name, self.handle).atexit = False
+        weakref.finalize(self, names.give_back, name, self.handle).atexit = False
 
     def _put(self, arrays: list[Any]) -> None:
         with tf.device("/CPU:0"):
+            if not self._shape.mixes:
+                tf.raw_ops.QueueEnqueueV2(handle=self.handle, components=arrays)
+                return
             if isinstance(arrays[0], np.ndarray):
                 tf.raw_ops.QueueEnqueueManyV2(handle=self.handle, components=arrays)
                 return
@@ -271,15 +301,21 @@ class EagerQueue(_Queue):
         tf.raw_ops.QueueCloseV2(handle=self.handle, cancel_pending_enqueues=cancel)
 
     def _drain_some(self) -> None:
-        tf.raw_ops.QueueDequeueUpToV2(
-            handle=self.handle, n=self._batch_size, component_types=self._kinds
-        )
+        _dequeue(self.handle, self._shape)
 
     def size(self) -> int:
         return _eagerly(super().size)
 
     def close(self, cancel: bool) -> None:
         _eagerly(functools.partial(super().close, cancel))
+
+
+def _dequeue(handle: tf.Tensor, shape: Shape) -> list[tf.Tensor]:
+    if not shape.mixes:
+        return tf.raw_ops.QueueDequeueV2(handle=handle, component_types=shape.types)
+    return tf.raw_ops.QueueDequeueUpToV2(
+        handle=handle, n=shape.batch_size, component_types=shape.types
+    )
 
 
 def dataset_of_passes(
@@ -299,7 +335,6 @@ def dataset_of_passes(
             the iteration raises.
         batches: of a pass, if known.
     """
-    kinds = [_tf_type(component) for component in shape.spec.components]
     plain = tf.autograph.experimental.do_not_convert
 
     def one_pass(_: tf.Tensor) -> tf.data.Dataset:
@@ -307,10 +342,7 @@ def dataset_of_passes(
         handle, number = tf.py_function(opened, [], [tf.resource, tf.int64])
 
         def dequeue(_: tf.Tensor) -> Any:
-            parts = tf.raw_ops.QueueDequeueUpToV2(
-                handle=handle, n=shape.batch_size, component_types=kinds
-            )
-            return _shaped(shape.spec, parts)
+            return _shaped(shape.spec, _dequeue(handle, shape))
 
         def never(_: tf.Tensor) -> tf.Tensor:
             return tf.ensure_shape(tf.py_function(ended, [number], tf.bool), [])
@@ -357,22 +389,6 @@ def _plainly(call: Callable[[], Any]) -> Any:
         return call()
     except WorkerError as error:
         raise WorkerError(str(error)) from None
-
-
-def steps_asked_for() -> tuple[int, int] | None:
-    """Of the `fit` that calls this: `steps_per_epoch` and epochs; None without one.
-
-    Keras does not tell its data for whom they are, so the caller's own stack is looked at.
-    """
-    frame: types.FrameType | None = sys._getframe()
-    while frame is not None:
-        name, file = frame.f_code.co_name, frame.f_code.co_filename
-        if name in ("fit", "evaluate", "predict") and file.endswith("trainer.py"):
-            given = frame.f_locals
-            steps = given.get("steps_per_epoch")
-            return (steps, given["epochs"] - given["initial_epoch"]) if steps else None
-        frame = frame.f_back
-    return None
 
 
 def _tf_type(component: Component) -> tf.DType:

@@ -9,6 +9,7 @@ import traceback
 from labkit.engine.messages import Chunk, Ended, Lost, Message
 from labkit.engine.pool import Job, Pool
 from labkit.engine.produce import produce
+from labkit.engine.stage import listen
 from labkit.engine.tracebacks import describe, own_frames_left_out, readable
 
 _SLOTS = 2
@@ -66,13 +67,17 @@ class ThreadPool(Pool):
         thread.start()
 
     def _work(self, worker: int, seat: _Seat) -> None:
+        if self.job.stages:
+            listen()
         try:
             while (epoch := seat.epoch) is not None:
                 for made in produce(self.factory, worker, epoch, self.spec, self.job.copies):
                     self.spec = self.spec or made.spec
                     if not seat.take_slot(epoch):
                         break
-                    self._messages.put(Chunk(worker, made.arrays, made.seconds, epoch))
+                    self._messages.put(
+                        Chunk(worker, made.arrays, made.seconds, epoch, stages=made.stages)
+                    )
                 else:
                     self._messages.put(Ended(worker, epoch))
                     seat.await_pass_after(epoch)

@@ -8,7 +8,8 @@ from pathlib import Path
 
 from labkit.engine.batches import BatchError
 
-_OWN = str(Path(__file__).parent)
+_ENGINE = Path(__file__).parent
+_OWN = (str(_ENGINE), str(_ENGINE.with_name("sources.py")), str(_ENGINE.with_name("collate.py")))
 
 
 def describe(error: BaseException) -> tuple[str, str]:

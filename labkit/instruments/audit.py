@@ -15,6 +15,7 @@ from labkit.checks import expect, is_integer
 from labkit.engine import KINDS
 from labkit.engine.batches import Spec
 from labkit.engine.produce import IteratorFactory
+from labkit.sources import as_factory
 
 _MOST_SAMPLES = 5_000_000
 _TIMEOUT = 60.0  # seconds for a batch
@@ -68,7 +69,7 @@ class Audit:
 
 
 def audit(
-    iterator: Iterators,
+    iterator: Any,
     epochs: int = 1,
     workers: str = next(iter(KINDS)),
     samples: int | None = None,
@@ -87,8 +88,8 @@ def audit(
     training, the queue mixes such an epoch with its neighbours.
 
     Args:
-        iterator: an iterator factory. Methods of `MnistDataGenerator` run on tagged copies of its
-            data, so their samples are told apart exactly.
+        iterator: an iterator factory or a data set. Methods of `MnistDataGenerator` run on tagged
+            copies of its data, so their samples are told apart exactly.
         epochs: how many to watch.
         workers: "thread" or "process". A number, as this was before, still counts as `n_workers`,
             with a DeprecationWarning.
@@ -122,6 +123,7 @@ def audit(
     fits = samples is None or is_integer(samples, 1)
     expect(fits, "audit: samples must be None or an integer >= 1", samples)
     expect(tag is None or callable(tag), "audit: tag must be None or callable as tag(batch)", tag)
+    iterator = as_factory(iterator, batch_size)
     given = IteratorFactory(iterator, n_workers)
     if tag is None:
         iterator, tag, samples = _tagged_mnist(iterator, samples)

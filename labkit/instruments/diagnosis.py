@@ -1,19 +1,24 @@
 """Is it the input? Which workers? How many? Predicted from short measurements, then checked."""
 
+import functools
+import itertools
 import time
 from collections.abc import Callable, Iterable
 from statistics import fmean
 from typing import Any, NamedTuple
 
+import psutil
 from tqdm.auto import tqdm
 
 from labkit.checks import expect, is_integer
 from labkit.engine import KINDS
+from labkit.engine.batches import Spec
 from labkit.instruments import laws, measure
 from labkit.instruments.laws import Demands
 from labkit.instruments.measure import Alone, Iterators, Model, Watch, together
 from labkit.instruments.report import Report, Row, best_of, expect_seconds
 from labkit.machine import usable_cores
+from labkit.sources import as_factory, whole
 
 _SERIAL = next(iter(KINDS))  # one worker of this kind is the serial loop
 _ROUNDS = 2
@@ -23,7 +28,7 @@ Setting = tuple[str, int]  # kind and number of workers
 
 
 def diagnose(
-    iterator: Iterators,
+    iterator: Any,
     model: Any,
     seconds: float = 20.0,
     batch_size: int | None = None,
@@ -34,7 +39,8 @@ def diagnose(
     """Finds out what bounds the training, and which workers would cure it.
 
     Measures the generator alone (one and two threads, one and two processes), the model alone on a
-    repeated batch, and both together; predicts the rest.
+    repeated batch, how fast the machine copies a batch, and both together; predicts the rest. Then
+    runs what it recommends with a batch that is ready: the headroom.
 
     A compiled Keras model gets its state back, also after an error or an interrupt: weights, the
     variables of its optimizers (with the count of iterations, which learning-rate schedules
@@ -46,11 +52,12 @@ def diagnose(
     trains; the report says how often. Only `restore` puts that back.
 
     Args:
-        iterator: an iterator factory, as for `QueueRunner`.
+        iterator: an iterator factory or a data set, as for `QueueRunner`.
         model: a compiled Keras model; or a callable that takes one training step, as `step(batch)`
             or `step(x, y)`; or the seconds that a step takes.
         seconds: rough total to spend. Default 20.
-        batch_size: samples per step. Default: as many as the generator's batches have.
+        batch_size: samples per step. Default: as many as the generator's batches have, and 32 of a
+            data set that is read sample by sample.
         progress: show a bar.
         workers: the kinds to consider: "thread", "process", or several of them. Default: both.
             One thread is measured in any case, since that is the serial loop.
@@ -76,6 +83,7 @@ def diagnose(
         restore,
     )
     kinds = _kinds(workers)
+    iterator = as_factory(iterator, batch_size or 32)
     began = time.monotonic()
     runs = Model.of(model, restore)
     with tqdm(total=20, disable=not progress, desc="first batch", leave=False) as bar:
@@ -83,11 +91,19 @@ def diagnose(
         size = int(batch_size or len(spec.flatten(first)[0]))
         repeated = measure.repeat(first, spec, size)
         runs.build(repeated)
-        # Runs of the generator, 2 of the model, and up to 8 settings of both, in rounds.
-        slot = seconds / (6 + 8 * _ROUNDS + _STARTS)
+        # Runs of the generator, 2 of the model, up to 8 settings of both, in rounds, and the last.
+        slot = seconds / (7 + 8 * _ROUNDS + _STARTS)
         with runs.kept():
-            measured = _measure(iterator, runs, repeated, size, kinds, slot, began + seconds, bar)
-    return report_of(measured, size, time.monotonic() - began, iterator, runs, repeated)
+            measured = _measure(
+                iterator, runs, repeated, spec, size, kinds, slot, began + seconds, bar
+            )
+            report = report_of(measured, size, 0.0, iterator, runs, repeated)
+            best = report.best
+            _say(bar, f"ready batches, {best.n} x {best.workers}")
+            ready = functools.partial(itertools.repeat, spec.pack(spec.flatten(first)))
+            report.ready_rate = together(ready, runs, best.workers, best.n, size, slot)
+    report.seconds = time.monotonic() - began
+    return report
 
 
 def _kinds(workers: Any) -> list[str]:
@@ -102,18 +118,23 @@ def _kinds(workers: Any) -> list[str]:
 
 class Measured(NamedTuple):
     """What `diagnose` measured: the generator alone; why a kind cannot be had; steps/s of both
-    together; seconds and processor seconds per step of the model, at the start and at the end."""
+    together; seconds and processor seconds per step of the model, at the start and at the end;
+    bytes of a batch that each kind copies, bytes/s that the machine copies, bytes that are free."""
 
     alone: dict[Setting, Alone]
     problems: dict[str, str]
     together: dict[Setting, list[float]]
     steps: list[tuple[float, float]]
+    moved: dict[str, int]
+    bandwidth: float
+    free: float
 
 
 def _measure(
     iterator: Iterators,
     model: Model,
     repeated: Any,
+    spec: Spec,
     size: int,
     kinds: list[str],
     slot: float,
@@ -123,14 +144,18 @@ def _measure(
     _say(bar, "model alone")
     model.run(repeated, Watch(0.2))
     steps = [model.run(repeated, Watch(slot))]
+    nbytes = size * spec.bytes_per_sample
+    moved = {kind: nbytes * (KINDS[kind].copies - spec.large) for kind in kinds}
+    bandwidth, free = measure.bandwidth(nbytes, slot / 4), psutil.virtual_memory().available
     single, problems = _alone_in_each(iterator, kinds, slot, bar)
-    found = Measured(single, problems, {}, steps)
+    found = Measured(single, problems, {}, steps, moved, bandwidth, free)
     took: dict[Setting, float] = {}
     for again in range(_ROUNDS):
         # Anew in each round: what was measured may show that other settings are worth a try.
         needs = demands_of(found, size)
-        tries = [(k, n) for k, need in needs.items() for n in laws.to_try(_counts(k, need), need)]
-        bar.total = bar.n + len(tries) * (_ROUNDS - again) + 1
+        numbers = {kind: _counts(iterator, kind, need) for kind, need in needs.items()}
+        tries = [(k, n) for k, need in needs.items() for n in laws.to_try(numbers[k], need)]
+        bar.total = bar.n + len(tries) * (_ROUNDS - again) + 2
         for kind, n in tries:
             began = time.monotonic()
             # Processes take long to start on few cores: then once is enough.
@@ -169,8 +194,8 @@ def _say(bar: tqdm, what: str) -> None:
     bar.update()
 
 
-def _counts(kind: str, need: Demands) -> list[int]:
-    return laws.counts(KINDS[kind].limit(), need)
+def _counts(iterator: Iterators, kind: str, need: Demands) -> list[int]:
+    return [1] if whole(iterator) else laws.counts(KINDS[kind].limit(), need)
 
 
 def demands_of(measured: Measured, size: int) -> dict[str, Demands]:
@@ -185,7 +210,10 @@ def demands_of(measured: Measured, size: int) -> dict[str, Demands]:
         gain = two / one.rate if size * one.own > laws.FREE else 2.0
         wall = size / one.rate
         lock, name = laws.turn(wall, cpu, gain, KINDS[kind].shares_lock)
-        found[kind] = Demands(wall, cpu, lock, step, step_cpu, usable_cores(), name)
+        found[kind] = Demands(
+            wall, cpu, lock, step, step_cpu, usable_cores(), name,
+            measured.moved[kind], measured.bandwidth, single[kind, 2].memory, measured.free,
+        )  # fmt: skip
     return laws.corrected(found, {key: fmean(rates) for key, rates in measured.together.items()})
 
 
@@ -208,7 +236,7 @@ def report_of(
     gains: dict[bool, float] = {}
     for kind, need in demands.items():
         rates = {n: seen for (k, n), seen in both.items() if k == kind}
-        numbers = sorted({*_counts(kind, need), *rates})
+        numbers = sorted({*_counts(iterator, kind, need), *rates})
         for n, rate, low, high in laws.predict(numbers, need, rates, calm, crowd):
             rows.append(Row(kind, n, rate, low, high, laws.limit(n, need, rate)))
         # Both together may show a gain that two alone, for a moment, did not.
@@ -218,9 +246,11 @@ def report_of(
     one = single[_SERIAL, 1]
     busy = size * one.cpu / shortest
     nature = laws.nature(size * one.own, busy, gains.get(True), gains.get(False), usable_cores())
-    step = min(need.step for need in demands.values())
+    nature = "cannot be split among workers" if whole(iterator) else nature
+    step, best = min(need.step for need in demands.values()), best_of(rows)
     wall = min(size * one.own, size / one.rate)  # in a serial loop, where nothing is handed over
     return Report(
-        nature, rows, best_of(rows), demands, 1 / step, 1 / (wall + step), wall, seconds,
+        nature, rows, best, demands, 1 / step, 1 / (wall + step), wall, seconds,
         iterator, model, repeated, size, measured.problems,
+        stages=list(single[best.workers, 1].stages),
     )  # fmt: skip

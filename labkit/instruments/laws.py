@@ -16,6 +16,7 @@ import numpy as np
 
 GIL, TURNS = "Python's lock", "taking turns"  # why a second worker cannot go on
 CROWDED, HANDING = "each other", "handing over"  # less is reached than any bound says
+MOVING, MEMORY = "moving the bytes", "memory"
 FREE = 5e-4  # seconds of a batch, below which handing it over is what costs
 _A_CORE, _AT_MOST = 2, 32  # workers worth considering where they wait
 _WITHDRAWN = 1.15  # times a bound that was inferred: passed by so much, it does not exist
@@ -26,7 +27,7 @@ _DRIFT, _UNTRIED = 0.06, 0.08
 
 @dataclass
 class Demands:
-    """What a batch and a step cost, in seconds: the whole input of the prediction.
+    """What a batch, a step and a worker cost, in seconds and bytes: all that predictions need.
 
     Attributes:
         wall: of the generator, per batch, alone in one worker.
@@ -37,6 +38,10 @@ class Demands:
         step_cpu: processor seconds of the model per step.
         cores: that this process may use.
         lock_name: "Python's lock"; or "taking turns", if something else keeps a second one waiting.
+        moved: bytes that are copied to bring a batch to the model: its own x copies.
+        bandwidth: bytes/s that the machine copies, in arrays as large as a batch.
+        memory: bytes that each worker takes.
+        free: bytes of memory that there are for them.
     """
 
     wall: float
@@ -46,17 +51,34 @@ class Demands:
     step_cpu: float
     cores: int
     lock_name: str = GIL
+    moved: float = 0.0
+    bandwidth: float = np.inf
+    memory: float = 0.0
+    free: float = np.inf
 
 
 def bounds(n: int, demands: Demands) -> dict[str, float]:
-    """Steps/s that n workers cannot exceed, by what sets each bound; the least of them governs."""
+    """Steps/s that n workers cannot exceed, by what sets each bound; the least of them governs.
+
+    the generator       n / wall
+    the lock            1 / lock, of two and more
+    the cores           cores / (cpu + step_cpu)
+    moving the bytes    bandwidth / (bytes of a batch x copies)
+    the model           1 / step
+    """
     d = demands
     return {
         "the generator": n / d.wall,
         d.lock_name: 1 / d.lock if n > 1 and d.lock > 0 else np.inf,
         "the cores": d.cores / max(d.cpu + d.step_cpu, 1e-9),
+        MOVING: d.bandwidth / max(d.moved, 1),
         "the model": 1 / d.step,
     }
+
+
+def fits(n: int, demands: Demands) -> bool:
+    """Whether there is memory for n workers."""
+    return n * demands.memory <= demands.free
 
 
 def turn(wall: float, cpu: float, gain: float, shares_lock: bool) -> tuple[float, str]:
@@ -103,6 +125,7 @@ def _corrected(need: Demands, best: float, own: dict[int, float]) -> Demands:
         lock=0.0 if grew or passed > _WITHDRAWN else need.lock / max(1.0, passed),
         step=min(need.step, 1 / best) if best else need.step,
         step_cpu=need.step_cpu * busy,
+        bandwidth=max([need.bandwidth, *(need.moved * rate for rate in own.values())]),
     )
 
 
@@ -128,7 +151,9 @@ def contended(n: int, need: Demands) -> bool:
 def to_try(numbers: list[int], need: Demands) -> list[int]:
     """The settings that are worth running together with the model: the first and the last in which
     workers only wait, and those in which they get into each other's way, up to twice as many as the
-    law finds useful: more bring no news."""
+    law finds useful: more bring no news. None for which there is no memory, but for 1 and 2, which
+    have run alone."""
+    numbers = [n for n in numbers if n <= 2 or fits(n, need)]
     free = [n for n in numbers if not contended(n, need)]
     useful = next((n for n in numbers if n / need.wall >= _ceiling(n, need)), numbers[-1])
     most = 2 * max(2, useful)
@@ -172,7 +197,10 @@ def predict(
 
 
 def limit(n: int, need: Demands, rate: float) -> str:
-    """What limits n workers at `rate`: the least bound, or what keeps them away from it."""
+    """What limits n workers at `rate`: the least bound, or what keeps them away from it; memory,
+    where there is too little to start them."""
+    if not fits(n, need):
+        return MEMORY
     found = bounds(n, need)
     least = min(found, key=lambda name: found[name])
     if rate > 0.85 * found[least]:
@@ -244,3 +272,29 @@ def verdict(
         f"which {nature}, a serial loop makes {serial:.1f} ({model / serial:.1f}x less).{turns} "
         f"{setting}: about {rate:.1f} steps/s, {rate / serial:.1f}x faster.{left}"
     )
+
+
+def headroom(setting: str, gain: float, rate: float) -> str:
+    """A sentence: the gain and the steps/s that a perfect input would give the setting."""
+    return (
+        f"Headroom {gain:.2f}x: with its batches cached, as a perfect input would have them, "
+        f"{setting} would make {rate:.1f} steps/s."
+    )
+
+
+def memory(demands: dict[str, Demands], most: dict[str, int]) -> str:
+    """A sentence: what a worker of each kind takes, and the most that are considered; "" where
+    that is not known."""
+    said = ""
+    for kind, need in demands.items():
+        if need.memory:
+            n = most[kind]
+            said += f"a {kind} takes {_bytes(need.memory)}, {n} take {_bytes(n * need.memory)}; "
+    free = min(need.free for need in demands.values())
+    return f"Memory: {said}{_bytes(free)} are free." if said else ""
+
+
+def _bytes(count: float) -> str:
+    if count >= 1e9:
+        return f"{count / 1e9:.1f} GB"
+    return f"{count / 1e6:.0f} MB" if count >= 1e6 else "under 1 MB"

@@ -5,11 +5,13 @@ What is measured leaves a Keras model as it was; a step of the user's only they 
 
 import inspect
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import numpy as np
+import psutil
 
 from labkit.checks import is_number
 from labkit.engine import KINDS, interrupts
@@ -17,12 +19,18 @@ from labkit.engine.batches import Spec
 from labkit.engine.messages import Chunk, Lost, WorkerError
 from labkit.engine.pool import Job
 from labkit.engine.produce import IteratorFactory
+from labkit.engine.stage import Times
+from labkit.instruments.stages import Stage, stages_of
+from labkit.machine import usable_cores
 from labkit.queue_runner import QueueRunner
 from labkit.quiet import tf
+from labkit.sources import whole
 
 _PATIENCE = 3.0  # seconds to wait until every worker delivers
 _SETTLE = 0.8  # seconds to wait until what they had stored is used up
 _TIMEOUT = 60.0  # seconds for a batch of the generator alone
+_HELD = 4  # batches that a worker has at a time, those on their way included
+_MOST_COPIED, _MOST_COPYING = 1 << 24, 8  # bytes, threads
 _NOTHING = "diagnose: the iterator ended before its first batch, expected at least one."
 _ABSENT = object()
 
@@ -44,17 +52,23 @@ def repeat(batch: Any, spec: Spec, size: int) -> tf.data.Dataset:
 
 
 class Alone(NamedTuple):
-    """The generator without a model: samples/s, processor seconds per sample, and the seconds per
-    sample that the iterator itself takes, without what handing the batches over takes."""
+    """The generator without a model: samples/s, processor seconds per sample, the seconds per
+    sample that the iterator itself takes, without what handing the batches over takes, what of a
+    batch its stages take, and bytes of memory that a worker takes."""
 
     rate: float
     cpu: float
     own: float
+    stages: Sequence[Stage] = ()
+    memory: float = 0.0
 
 
 def alone(iterator: Iterators, kind: str, n: int, seconds: float) -> Alone:
     """Runs the generator in n workers of a kind, from when each has delivered."""
-    pool = KINDS[kind].pool(Job(IteratorFactory(iterator, n), timeout=_TIMEOUT))
+    n = 1 if whole(iterator) else n
+    others = _children()
+    pool = KINDS[kind].pool(Job(IteratorFactory(iterator, n), timeout=_TIMEOUT, stages=True))
+    times: list[Times] = []
     heard: set[int] = set()
     ended: set[int] = set()
     began, first, cpu, own, chunks, samples = time.monotonic(), 0.0, 0.0, 0.0, 0, 0
@@ -70,6 +84,7 @@ def alone(iterator: Iterators, kind: str, n: int, seconds: float) -> Alone:
                 if first:
                     chunks, samples = chunks + 1, samples + len(message.arrays[0])
                     own += message.seconds
+                    times += [] if message.stages is None else [message.stages]
                     if now - first > seconds and chunks >= 3 * n:
                         break
                 elif len(heard) == n or now - began > _PATIENCE:
@@ -85,9 +100,46 @@ def alone(iterator: Iterators, kind: str, n: int, seconds: float) -> Alone:
                     nothing = True
                     pool.next_epoch(pool.epoch + 1)
         used = time.process_time() - cpu
+        size = pool.spec.bytes_per_sample * samples / chunks if pool.spec else 0.0
+        memory = _HELD * size + sum(map(_bytes_of, _children() - others)) / n
     finally:
         pool.stop()
-    return Alone(samples / (now - first), used / samples, own / samples)
+    rate, stages = samples / (now - first), stages_of(times, own)
+    return Alone(rate, used / samples, own / samples, stages, memory)
+
+
+def _children() -> set[psutil.Process]:
+    return set(psutil.Process().children(recursive=True))
+
+
+def _bytes_of(process: psutil.Process) -> int:
+    """What it has for itself alone, which each further one takes again; or else all that it has."""
+    try:
+        return process.memory_full_info().uss
+    except psutil.NoSuchProcess:
+        return 0
+    except (psutil.Error, AttributeError):
+        return process.memory_info().rss
+
+
+def bandwidth(nbytes: int, seconds: float) -> float:
+    """Bytes/s that one thread copies, or one thread a core if those copy more: in arrays of
+    `nbytes`, for `seconds` each."""
+    size = int(np.clip(nbytes, 1, _MOST_COPIED))
+
+    def copied(_: int) -> float:
+        source, target = np.ones(size, np.uint8), np.ones(size, np.uint8)
+        count, began = 0, time.perf_counter()
+        while not count or time.perf_counter() - began < seconds:
+            np.copyto(target, source)
+            count += 1
+        return count * size / (time.perf_counter() - began)
+
+    found = []
+    for n in (1, min(usable_cores(), _MOST_COPYING)):
+        with ThreadPoolExecutor(n) as threads:
+            found.append(sum(threads.map(copied, range(n))))
+    return max(found)
 
 
 def together(

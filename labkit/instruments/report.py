@@ -12,8 +12,10 @@ from labkit.engine import KINDS
 from labkit.instruments import laws
 from labkit.instruments.laws import Demands
 from labkit.instruments.measure import Iterators, Model, Watch, together
+from labkit.instruments.stages import Stage, in_words
 from labkit.machine import onednn_note
 from labkit.queue_runner import QueueRunner
+from labkit.sources import whole
 
 _WORTH = 0.75  # of the best rate, below which no range makes a smaller number the better one
 _ALIKE = 0.92  # of the rate of the faster kind, from which the cheaper one is as good
@@ -52,7 +54,9 @@ class Checked(list[Row]):
 
 def best_of(rows: list[Row]) -> Row:
     """The smallest number of workers whose range overlaps with that of the fastest setting, unless
-    it gives up more than a quarter of the rate; of two kinds the cheaper, unless it is slower."""
+    it gives up more than a quarter of the rate; of two kinds the cheaper, unless it is slower. None
+    for which there is too little memory; the least one, if there is for none."""
+    rows = [row for row in rows if row.bound_by != laws.MEMORY] or rows[:1]
     top = max(rows, key=lambda row: row.predicted)
     as_good = [r for r in rows if r.high >= top.low and r.predicted >= _WORTH * top.predicted]
     least = [row for row in as_good if row.n == min(row.n for row in as_good)]
@@ -68,7 +72,7 @@ class Report:
         nature: what the generator does: "waits", "holds the GIL", "computes outside the GIL", "uses
             all cores", "costs next to nothing", "makes threads take turns" (it waits, under a lock
             of its own or for what serves one at a time), "makes workers take turns" (processes,
-            too); "computes" where threads were not considered.
+            too); "computes" where threads were not considered; "cannot be split among workers".
         rows: predicted steps/s for each kind and number of workers.
         best: the recommended row, see `best_of`.
         leave: no workers are worth it, the recommendation is to leave your loop as it is; `best` is
@@ -77,6 +81,11 @@ class Report:
         wall: seconds of a batch in a serial loop.
         demands: what a batch and a step cost, for each kind; no measurement contradicts them.
         seconds: what the diagnosis took.
+        stages: what each `labkit.stage` takes of a batch in one worker of the recommended kind,
+            the slowest first; see `labkit.instruments.stages.Stage`.
+        ready_rate: steps/s of the recommended setting on batches that were ready.
+        headroom: how many times as fast as recommended that is; of a loop that is left as it is,
+            the model alone.
     """
 
     nature: str
@@ -93,6 +102,8 @@ class Report:
     batch_size: int = 0
     problems: dict[str, str] = field(default_factory=dict, repr=False)
     outside: str = field(default="", repr=False)
+    stages: list[Stage] = field(default_factory=list)
+    ready_rate: float = 0.0
 
     @property
     def verdict(self) -> str:
@@ -105,7 +116,8 @@ class Report:
         for kind, why in self.problems.items():
             first_line = why.split("\n")[0]
             said += f" {KINDS[kind].plural.capitalize()} could not be tried: {first_line}"
-        return said
+        unsplit = whole(self.iterator)
+        return f"{said} {unsplit}" if unsplit else said
 
     @property
     def speed_up(self) -> float:
@@ -115,6 +127,12 @@ class Report:
     @property
     def leave(self) -> bool:
         return laws.leaves(self.best.predicted, self.model_rate, self.serial_rate)
+
+    @property
+    def headroom(self) -> float:
+        if self.leave:
+            return self.model_rate / self.serial_rate
+        return self.ready_rate / self.best.predicted
 
     def runner(self, **options: Any) -> QueueRunner:
         """A `QueueRunner` as recommended; `options` go to its constructor and win."""
@@ -134,7 +152,7 @@ class Report:
         """
         expect_seconds("check", seconds)
         others = sorted(
-            (row for row in self.rows if row is not self.best),
+            (r for r in self.rows if r is not self.best and r.bound_by != laws.MEMORY),
             key=lambda row: (row.workers == self.best.workers, -abs(math.log(row.n / self.best.n))),
         )
         # The last of each kind wins, which is the nearest in number.
@@ -175,14 +193,22 @@ class Report:
     @property
     def notes(self) -> list[str]:
         """What else there is to know: that a callable step was really taken, how often, if nothing
-        puts that right; that oneDNN is off; why a measured value may be outside its range."""
+        puts that right; the headroom; which stage to make faster; the memory that workers take;
+        that oneDNN is off; why a measured value may be outside its range."""
         said = []
         if not self.model.puts_back:
             said.append(
                 f"Your step was really taken, {self.model.taken:,} times, and has trained whatever "
                 "it trains. Give diagnose(..., restore=) a function that puts that back."
             )
-        return said + [note for note in (onednn_note(), self.outside) if note]
+        if self.leave:
+            said.append(laws.headroom("your loop", self.headroom, self.model_rate))
+        elif self.ready_rate:
+            said.append(laws.headroom(self.best.name, self.headroom, self.ready_rate))
+        most = {row.workers: row.n for row in self.rows}  # the last of each kind
+        memory = laws.memory(self.demands, most)
+        more = (in_words(self.stages), memory, onednn_note(), self.outside)
+        return said + [note for note in more if note]
 
     def _cells(self) -> list[tuple[str, ...]]:
         """The table: workers, n, predicted, range, measured, bound by, remark."""
@@ -205,7 +231,7 @@ class Report:
         """Each setting in a line, with its range of 90 % and what limits it; then the notes."""
         head = ("workers", "n", "steps/s predicted", "90 % range", "measured", "bound by", "")
         lines = [
-            f"{kind:10}{n:>3}{rate:>19}{span:>14}{measured:>11}   {by:15}{remark}".rstrip()
+            f"{kind:10}{n:>3}{rate:>19}{span:>14}{measured:>11}   {by:18}{remark}".rstrip()
             for kind, n, rate, span, measured, by, remark in [head, *self._cells()]
         ]
         return "\n".join([*lines, *self.notes])

@@ -17,18 +17,23 @@ class Waiting:
         steps: how many.
         seconds: that they took, from end to end.
         waited: seconds of `measured` spent waiting for data.
-        measured: seconds of the steps that were measured; all of them but on a GPU.
+        measured: seconds of the calls that were measured, most of them; on a GPU every tenth.
+        calls: that were measured, each of `steps_per_execution` steps.
+        slow: seconds of each call by which those who make the data slow the step itself.
     """
 
     steps: int = 0
     seconds: float = 0.0
     waited: float = 0.0
     measured: float = 0.0
+    calls: int = 0
+    slow: float = 0.0
 
     @property
     def share(self) -> float:
-        """0 to 1; NaN while nothing was measured."""
-        return self.waited / self.measured if self.measured else math.nan
+        """What the data cost, 0 to 1: waiting, and slower steps. NaN while nothing was measured."""
+        lost = self.waited + self.slow * self.calls
+        return min(1.0, lost / self.measured) if self.measured else math.nan
 
     @property
     def steps_per_second(self) -> float:
@@ -41,6 +46,7 @@ class Waiting:
         if waited is not None:
             self.waited += waited
             self.measured += measured
+            self.calls += 1
 
     def __str__(self) -> str:
         if not self.measured:
@@ -51,6 +57,9 @@ class Waiting:
         )
         if self.share < MODERATE:
             return line
+        slowed = self.slow * self.calls / self.measured
+        if slowed >= MODERATE:
+            line += f" ({slowed:.0%} as steps that making them slows down)"
         # Who waits for all but a hundredth of the time has no rate that could be told from noise.
         most = self.steps_per_second / max(1 - self.share, 0.01)
         return f"{line}; {_rate(most)} steps/s without waiting"
@@ -64,7 +73,9 @@ class Counted(Waiting):
 
     def add(self, steps: int, seconds: float, waited: float | None, measured: float) -> None:
         super().add(steps, seconds, waited, measured)
-        everything.add(steps, seconds, waited, measured)
+        # With what is known by now of slower steps, which counts for the share as well.
+        lost = None if waited is None else waited + self.slow
+        everything.add(steps, seconds, lost, measured)
 
 
 class RecentWaiting:
@@ -108,8 +119,12 @@ NEXT_STEP = (
 def total(epochs: Iterable[Waiting]) -> Waiting:
     """Several epochs as one."""
     result = Waiting()
+    slowed = 0.0
     for one in epochs:
         result.add(one.steps, one.seconds, one.waited, one.measured)
+        result.calls += one.calls - 1
+        slowed += one.slow * one.calls
+    result.slow = slowed / max(1, result.calls)
     return result
 
 

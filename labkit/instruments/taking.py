@@ -1,0 +1,99 @@
+"""Taking batches from Keras's iterator for `watch`: each in its time, or some ahead of theirs."""
+
+import itertools
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+from labkit.quiet import tf
+
+_TAKES = 30  # of one that is ready; some 10 ms in all
+_MOST_BYTES = 1 << 28  # held at a time
+
+
+class Taker:
+    """Takes `steps_per_execution` batches at a time, as many as one call of Keras's step trains on.
+
+    Attributes:
+        held: batches taken ahead, in their order, that no step has had yet.
+        optionals: what it gives are `tf.experimental.Optional`s that have the batches.
+        spec: of what it gives, one each.
+    """
+
+    def __init__(self, iterator: Any, model: Any) -> None:
+        self.number = model.steps_per_execution
+        self.one_device = isinstance(iterator, tf.data.Iterator)
+        # One call for several costs less than one each.
+        self.optionals = self.number > 1 and self.one_device and not model.run_eagerly
+        spec = iterator.element_spec
+        self.spec = tf.OptionalSpec(spec) if self.optionals else spec
+        self.held: list[list[Any]] = []
+        self._take = _together(self.number) if self.optionals else _one_by_one(self.number)
+        self._over = False
+        self._error: Exception | None = None
+        self._ready: Any = None
+        self._takes: list[float] = []
+
+    @property
+    def ready_seconds(self) -> float:
+        """What it takes to get what is ready. That is no waiting: Keras does it, too."""
+        return statistics.median(self._takes) if self._takes else 0.0
+
+    def next(self, iterator: Any) -> list[Any]:
+        """The next batches; none at the end of the data."""
+        if self.held:
+            return self.held.pop(0)
+        if self._error is not None:
+            error, self._error = self._error, None
+            raise error
+        return [] if self._over else self._take(iterator)
+
+    def hold(self, iterator: Any, calls: int) -> None:
+        """Takes the batches of the next calls. What fails there is raised when its turn comes."""
+        try:
+            while len(self.held) < calls and not self._over:
+                batches = self._take(iterator)
+                self._over = len(batches) < self.number
+                self.held += [batches] if batches else []
+        except Exception as error:
+            self._error = error
+
+    def begin_epoch(self) -> None:
+        self._over = False
+
+    def most_to_hold(self, batches: list[Any]) -> int:
+        """How many calls' batches may be held, so that they take no more than 256 MB."""
+        batch = batches[0].get_value() if self.optionals else batches[0]
+        parts = tf.nest.flatten(batch, expand_composites=True)
+        size = sum(part.shape.num_elements() * part.dtype.size for part in parts)
+        return _MOST_BYTES // max(1, size * self.number)
+
+    def take_what_is_ready(self, batches: list[Any]) -> None:
+        """Measures it, some times: after a step, where caches are as cold as they will be."""
+        if len(self._takes) >= _TAKES or not self.one_device:
+            return
+        if self._ready is None:
+            batch = batches[0].get_value() if self.optionals else batches[0]
+            self._ready = iter(tf.data.Dataset.from_tensors(batch).repeat())
+            self._take(self._ready)  # it compiles
+        began = time.perf_counter()
+        self._take(self._ready)
+        self._takes.append(time.perf_counter() - began)
+
+
+def _one_by_one(number: int) -> Callable[[Any], list[Any]]:
+    return lambda iterator: list(itertools.islice(iterator, number))
+
+
+def _together(number: int) -> Callable[[Any], list[Any]]:
+    @tf.function(autograph=False)
+    def get_next(iterator: Any) -> Any:
+        batches = [iterator.get_next_as_optional() for _ in range(number)]
+        return batches, tf.stack([batch.has_value() for batch in batches])
+
+    def take(iterator: Any) -> list[Any]:
+        batches, there = get_next(iterator)
+        return batches[: int(there.numpy().sum())]
+
+    return take
