@@ -27,7 +27,7 @@ X = np.zeros((40, 2), np.float32)
 
 def new_model():
     model = tf.keras.Sequential([tf.keras.Input((2,)), tf.keras.layers.Dense(1)])
-    model.compile("sgd", "mse")
+    model.compile("sgd", "mse", run_eagerly=True)  # nothing to trace: quick
     return model
 
 
@@ -105,7 +105,7 @@ def test_a_loop_is_shown_and_one_that_is_left_too(recorder, capsys):
 def test_a_runner_is_shown_until_it_stops(recorder):
     with QueueRunner(endless, 4, capacity=40, min_after_dequeue=8) as runner:
         seen = runner.watch().sight
-        history = new_model().fit(runner.dataset(), steps_per_epoch=10, verbose=0)
+        history = new_model().fit(runner.dataset(), steps_per_epoch=10, verbose=0, shuffle=False)
     await_the_end()
     text, ended = recorder.shown[-1]
     assert ended and ends(recorder) == 1
@@ -252,7 +252,10 @@ def test_waiting_is_of_all_that_measure_it_since_the_last_look():
     assert probe() == pytest.approx(0.5)
     Counted().add(1, 2.0, 0.0, 2.0)
     Waiting().add(1, 9.0, 9.0, 9.0)  # a sum of what was counted already
+    slowed = Counted(slow=1.0)
     assert probe() == 0.0 and probe.share == pytest.approx(0.4)
+    slowed.add(1, 2.0, 1.0, 2.0)
+    assert probe() == 1.0  # waiting, and a slower step
 
 
 def test_a_step_timer_counts():
@@ -394,7 +397,7 @@ def test_queue_and_waiting_of_a_watched_cell_are_found(shell, capsys):
     shell.run_cell(
         "%%watch -i 0.01\n"
         "with QueueRunner(endless, 4, capacity=40, min_after_dequeue=8) as runner:\n"
-        "    model.fit(runner.dataset(), steps_per_epoch=20, verbose=0)"
+        "    model.fit(runner.dataset(), steps_per_epoch=20, verbose=0, shuffle=False)"
     ).raise_error()
     told = capsys.readouterr().out
     assert "waiting for data" in told and "(8 to 40)" in told

@@ -144,10 +144,10 @@ class Feeder:
         threading.Thread(target=self.stop, name="labkit end", daemon=True).start()
 
     def depth(self) -> int:
-        """Samples in the queue now, and here, to be mixed; 0 when it is not running."""
-        if self._queue is None or not self.alive:
-            return 0
-        return self._queue.size() + (0 if self._turns is None else self._turns.reservoir.count)
+        """Samples in the queue now, and those that wait to be mixed; 0 when it is not running."""
+        queue, turns = self._queue, self._turns
+        mixing = 0 if turns is None else turns.reservoir.count
+        return 0 if queue is None or not self.alive else queue.size() + mixing
 
     @property
     def samples(self) -> int:

@@ -55,8 +55,8 @@ class Sight:
         if feeder is None or not feeder.alive:
             return math.nan
         terms = feeder.terms
-        stay = terms.least - terms.batch_size + terms.mixed
-        self.limits = stay, terms.capacity + terms.mixed
+        least = terms.least - terms.batch_size
+        self.limits = least + terms.mixed, terms.capacity + terms.mixed
         return feeder.depth()
 
     def __enter__(self) -> Self:

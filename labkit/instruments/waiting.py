@@ -73,7 +73,9 @@ class Counted(Waiting):
 
     def add(self, steps: int, seconds: float, waited: float | None, measured: float) -> None:
         super().add(steps, seconds, waited, measured)
-        everything.add(steps, seconds, None if waited is None else waited + self.slow, measured)
+        # With what is known by now of slower steps, which counts for the share as well.
+        lost = None if waited is None else waited + self.slow
+        everything.add(steps, seconds, lost, measured)
 
 
 class RecentWaiting:

@@ -4,7 +4,8 @@
 
 In a kernel, fits of that length with `labkit.watch()` and with `labkit.watch(live=True)` in turn
 (A B A B). Cost, as a share of one core: processor seconds of the thread that draws and of the one
-that samples, by their own clocks; and those of the whole process, with less without.
+that samples, by their own clocks; and those of the whole process, with less without, for the same
+number of steps.
 """
 
 import argparse
@@ -46,7 +47,7 @@ def one(live, seconds):
         began, cpu = time.perf_counter(), time.process_time()
         model.fit(data, steps_per_epoch=steps, verbose=0, shuffle=False, callbacks=[kept])
         wall, cpu = time.perf_counter() - began, time.process_time() - cpu
-    result = {{"wall": wall, "process": cpu / wall}}
+    result = {{"wall": wall, "process": cpu}}
     if live:
         sampling = made[0].sight.usage.cost
         result |= {{"drawing": sum(drawn) / wall, "sampling": sampling, "pictures": len(drawn),
@@ -86,11 +87,12 @@ def main() -> None:
     finally:
         client.stop_channels()
         manager.shutdown_kernel(now=True)
-    pairs = list(zip(rows[True], rows[False], strict=True))
+    pairs = zip(rows[True], rows[False], strict=True)
+    more = [(a["process"] - b["process"]) / a["wall"] for a, b in pairs]
     results = {
         "drawing and sampling, cores": median([a["drawing"] + a["sampling"] for a in rows[True]]),
-        "process, with - without, cores": median([a["process"] - b["process"] for a, b in pairs]),
-        "of the rounds": [round(a["process"] - b["process"], 4) for a, b in pairs],
+        "process, with - without, cores": median(more),
+        "of the rounds": [round(cores, 4) for cores in more],
         "rounds with": rows[True],
         "rounds without": rows[False],
     }
