@@ -310,7 +310,7 @@ def test_a_loop_is_watched_and_its_batches_are_the_same(capsys):
     assert len(watched) == 5
     assert list(watched) == items and list(watched) == items
     assert [epoch.steps for epoch in watched.epochs] == [4, 5]
-    assert capsys.readouterr().out.count(f"labkit.watch: {watched.verdict()}") == 1
+    assert capsys.readouterr().out.count(f"labkit.watch: {watched.verdict()}") >= 1
 
 
 def test_a_loop_that_waits_and_one_that_works_are_told_apart():
