@@ -34,6 +34,8 @@ _HOME = {
     "StepTimer": "instruments.step_timer",
     "UsageMonitor": "instruments.usage_monitor",
     "diagnose": "instruments.diagnosis",
+    "load_report": "instruments.compare",
+    "compare": "instruments.compare",
     "audit": "instruments.audit",
     "watch": "instruments.watch",
 }
