@@ -38,6 +38,7 @@ LAW = [
     ({"train"}, {"lesson", "engine", *COMMON, "instruments.history", "instruments.progress"}
      | {"instruments.step_timer"}),
     ({"cli"}, {"lesson", "engine", *COMMON, "instruments.plots"}),
+    ({"diagnose"}, {"instruments.diagnosis"}),
     ({"lesson"}, {"lesson", "sources", "engine", *COMMON}),
     ({"engine.tf_queue"}, {"engine", *COMMON}),
     ({"engine"}, {"engine", "machine", "checks"}),
@@ -54,7 +55,7 @@ ONLY = [
     ({"machine"}, {"tensorflow"}),  # asked about oneDNN, where it is imported already
     ({"instruments.plots"}, {"numpy", "matplotlib"}),
     ({"instruments.history", "instruments.step_timer"}, set()),
-    ({"instruments.keep", "instruments.compare"}, set()),
+    ({"instruments.keep", "instruments.compare", "instruments.command"}, set()),
     ({"engine.stage", "instruments.stages"}, set()),
     ({"instruments.laws", "instruments.audit"}, {"numpy"}),
 ]

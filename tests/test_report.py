@@ -3,16 +3,21 @@
 The reports are made of numbers, as in tests/test_diagnosis.py: nothing is measured but once.
 """
 
+import importlib
 import json
 import os
 import re
 import stat
+import subprocess
+import sys
+import textwrap
 from dataclasses import replace
 
 import numpy as np
 import pytest
 
 import labkit
+from labkit.instruments.command import main
 from labkit.instruments.laws import Demands
 from labkit.instruments.measure import Model
 from labkit.instruments.report import Report, Row
@@ -267,3 +272,187 @@ def test_a_comparison_of_other_machines_warns(tmp_path):
 def test_only_reports_can_be_compared(wrong):
     with pytest.raises(TypeError, match="compare: expected two reports"):
         labkit.compare(report_of(), wrong)
+
+
+# -- python -m labkit.diagnose -------------------------------------------------------------------
+
+MODULE = """
+    import time
+    import numpy as np
+
+    def batches():
+        while True:
+            time.sleep(0.004)
+            yield np.zeros((8, 4), np.float32), np.zeros((8, 1), np.float32)
+
+    def step(batch):
+        time.sleep(0.004)
+
+    def build_model():
+        return None
+
+    class place:
+        inside = step
+
+    five = 5
+"""
+
+
+@pytest.fixture
+def module(tmp_path, monkeypatch):
+    """The name of a module in the current folder, with MODULE in it."""
+    name = re.sub(r"\W", "_", tmp_path.name)
+    (tmp_path / f"{name}.py").write_text(textwrap.dedent(MODULE))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [path for path in sys.path if path])
+    yield name
+    for known in [known for known in sys.modules if known.startswith(name)]:
+        del sys.modules[known]
+
+
+@pytest.fixture
+def diagnosed(monkeypatch):
+    """What diagnose was called with; it measures nothing, and the model waits for 82 %."""
+    calls = []
+
+    def diagnose(*given, **options):
+        calls.append(given)
+        return report_of()
+
+    monkeypatch.setattr("labkit.instruments.diagnosis.diagnose", diagnose)
+    return calls
+
+
+@pytest.mark.parametrize(
+    ("flags", "code", "words"),
+    [
+        ([], 0, ""),
+        (["--fail-if-waiting", "0.83"], 0, ""),
+        (["--fail-if-waiting", "0.2"], 1, "the model waits for data 82.0% of its time, more than"),
+    ],
+)
+def test_the_exit_code_says_whether_the_model_waits_too_much(
+    flags, code, words, module, diagnosed, capsys, tmp_path
+):
+    named = [f"{module}:batches", "--model", f"{module}:step"]
+    files = ["--json", "out.json", "--html", "out.html"]
+    assert main([*named, *files, *flags, "--batch_size", "16", "--seconds", "3"]) == code
+    out, err = capsys.readouterr()
+    factory, model, *rest = diagnosed[0]
+    assert (factory, model) == (sys.modules[module].batches, sys.modules[module].step)
+    assert rest == [3.0, 16]
+    report = labkit.load_report("out.json")
+    assert out == f"{report}\n"
+    assert report._repr_html_() in (tmp_path / "out.html").read_text()
+    assert words in err and err.count("\n") == (code == 1)
+
+
+@pytest.mark.parametrize(("text", "model"), [("M:place.inside", None), ("0.01", 0.01)])
+def test_a_model_is_a_dotted_name_or_the_seconds_of_a_step(text, model, module, diagnosed):
+    assert main([f"{module}:batches", "--model", text.replace("M", module)]) == 0
+    assert diagnosed[0][1] == (model or sys.modules[module].place.inside)
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--model", "M:step"], "MODULE:FACTORY"),
+        (["M:batches"], "--model"),
+        (["M", "--model", "M:step"], "expected module:name, as my_module:factory for .*got 'test"),
+        (["M.py:batches", "--model", "M:step"], "expected module:name"),
+        (["./M:batches", "--model", "M:step"], "expected module:name"),
+        (["no_such_one:batches", "--model", "M:step"], "no module no_such_one in this folder"),
+        (["M.sub:batches", "--model", "M:step"], r"there is no module \w+\.sub "),
+        (["broken:batches", "--model", "M:step"], "to import broken raised ZeroDivisionError"),
+        (["leaves:batches", "--model", "M:step"], "to import leaves raised SystemExit: 3"),
+        (["needs:batches", "--model", "M:step"], "to import needs raised ModuleNotFound.*absent"),
+        (["M:batche", "--model", "M:step"], "has no batche, did you mean batches?"),
+        (["M:batches", "--model", "M:"], "--model: expected module:name"),
+        (["M:batches", "--model", "M:build_model"], r"takes nothing.*model = build_model\(\) in"),
+        (["M:batches", "--model", "M:five", "--batch_size", "0"], "batch_size must be None or"),
+        (["M:batches", "--model", "M:place.__name__"], "model must be a compiled Keras model, a"),
+        (["M:batches", "--model", "M:step", "--seconds", "0"], "seconds must be a number > 0"),
+        (["M:batches", "--model", "M:step", "--batch_size", "x"], "batch_size"),
+        (["M:five", "--model", "M:step"], "got int 5"),
+        (["M:batches", "--model", "M:step", "--fail-if-waiting", "20%"], "a share from 0 to 1"),
+        (["M:batches", "--model", "M:step", "--fail-if-waiting", "nan"], "a share from 0 to 1"),
+        (["M:batches", "--model", "M:step", "--json", "no/a.json"], "--json: the folder of"),
+        (["M:batches", "--model", "M:step", "--html", "."], "--html: expected a file"),
+        (["M:batches", "--model", "M:step", "--htm1", "a"], "did you mean --html?"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_wrong_use_exits_with_2_and_says_what_was_expected(flags, words, module, capsys, tmp_path):
+    for name, text in (("broken", "1 / 0"), ("leaves", "exit(3)"), ("needs", "import absent")):
+        (tmp_path / f"{name}.py").write_text(text)
+    before = set(tmp_path.iterdir())
+    with pytest.raises(SystemExit) as ended:
+        main([flag.replace("M", module) for flag in flags])
+    assert ended.value.code == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith("python -m labkit.diagnose: ") and re.search(words, last)
+    assert "diagnose: diagnose: " not in last
+    assert {path for path in tmp_path.iterdir() if path.suffix} == before
+
+
+def raising(error):
+    def raises(*args, **options):
+        raise error
+
+    return raises
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "words"),
+    [
+        (KeyboardInterrupt(), 130, "interrupted"),
+        (labkit.WorkerError("labkit: worker 0 raised OSError: no disk"), 1, "no disk"),
+    ],
+)
+def test_a_failed_worker_and_an_interrupt_have_their_own_exit_codes(
+    error, code, words, module, monkeypatch, capsys
+):
+    monkeypatch.setattr("labkit.instruments.diagnosis.diagnose", raising(error))
+    assert main([f"{module}:batches", "--model", f"{module}:step", "--json", "a.json"]) == code
+    assert words in capsys.readouterr().err and not os.path.exists("a.json")
+
+
+def test_an_error_of_the_users_step_keeps_its_traceback(module, monkeypatch):
+    monkeypatch.setattr("labkit.instruments.diagnosis.diagnose", raising(TypeError("my own")))
+    with pytest.raises(TypeError, match="my own"):
+        main([f"{module}:batches", "--model", f"{module}:step"])
+
+
+def test_a_file_that_cannot_be_written_after_all_is_told(module, diagnosed, monkeypatch, capsys):
+    monkeypatch.setattr(Report, "save", raising(OSError("disk full")))
+    assert main([f"{module}:batches", "--model", f"{module}:step", "--json", "a.json"]) == 1
+    assert "could not be written: disk full" in capsys.readouterr().err
+
+
+def test_the_command_measures_and_comes_with_nothing_of_tensorflows_start(module, tmp_path):
+    """The one real diagnosis; the worker processes find the module too."""
+    # A module that imports TensorFlow itself, but not in the workers.
+    with open(f"{module}.py", "a") as text:
+        text.write("import sys\nif '-m' in sys.orig_argv: import tensorflow\n")
+    command = [sys.executable, "-m", "labkit.diagnose", f"{module}:batches"]
+    flags = ["--model", f"{module}:step", "--seconds", "0.05", "--fail-if-waiting", "0.01"]
+    root = os.path.dirname(os.path.dirname(labkit.__file__))
+    done = subprocess.run(
+        [*command, *flags], capture_output=True, text=True, env={**os.environ, "PYTHONPATH": root}
+    )
+    assert done.returncode == 1, done.stderr
+    assert "recommended" in done.stdout and "process " in done.stdout
+    assert done.stderr.count("\n") == 1 and "--fail-if-waiting" in done.stderr
+
+
+def test_diagnose_is_a_function_before_and_after_its_module_is_imported(monkeypatch):
+    from labkit.instruments import diagnosis
+
+    first = labkit.diagnose
+    monkeypatch.delitem(sys.modules, "labkit.diagnose", raising=False)
+    monkeypatch.setattr(labkit, "diagnose", first)
+    module = importlib.import_module("labkit.diagnose")
+    assert labkit.diagnose is module and module.diagnose is first is diagnosis.diagnose
+    for function in (first, labkit.diagnose):
+        with pytest.raises(ValueError, match="diagnose: seconds must be"):
+            function(light, 0.01, seconds=0)
