@@ -17,11 +17,14 @@ import numpy as np
 import pytest
 
 import labkit
+from labkit.engine.messages import Lost
+from labkit.instruments.audit import Audit
 from labkit.instruments.command import main
 from labkit.instruments.laws import Demands
 from labkit.instruments.measure import Model
 from labkit.instruments.report import Report, Row
 from labkit.instruments.stages import Stage
+from labkit.instruments.usage_monitor import Gpu
 from labkit.sources import as_factory
 
 NASTY = "<script>alert('&')</script> \udcff é"
@@ -456,3 +459,42 @@ def test_diagnose_is_a_function_before_and_after_its_module_is_imported(monkeypa
     for function in (first, labkit.diagnose):
         with pytest.raises(ValueError, match="diagnose: seconds must be"):
             function(light, 0.01, seconds=0)
+
+
+# -- the others in notebooks -----------------------------------------------------------------------
+
+
+def test_an_audit_is_shown_as_its_text():
+    found = Audit(100, 90, 5, 10, None, f"Samples repeat. {NASTY}")
+    shown = found._repr_html_()
+    assert "90 samples delivered of 100 expected: 5 repeated, 10 missed" in shown
+    assert "<p>Samples repeat. &lt;script&gt;" in shown and "<script" not in shown
+
+
+def test_a_worker_error_shows_the_worker_the_error_and_the_traceback_in_its_lines():
+    error = Lost(3, f"raised OSError: {NASTY}", "Traceback:\n  <module>\nOSError\n").as_error()
+    shown = error._repr_html_()
+    assert shown.startswith("<p><b>WorkerError (worker 3):</b> labkit: worker 3 raised OSError: ")
+    assert shown.endswith("<pre>Traceback:\n  &lt;module&gt;\nOSError</pre>")
+    assert "<script" not in shown
+    assert labkit.WorkerError("none")._repr_html_() == "<p><b>WorkerError:</b> none</p>"
+
+
+def test_a_usage_monitor_shows_what_it_saw_in_a_line():
+    monitor = labkit.UsageMonitor(probes={"queue depth": int, "broken": int})
+    assert repr(monitor) == "UsageMonitor: no samples yet"
+    monitor.seconds += [0.1, 0.2]
+    monitor.cpu += [30.0, 50.0]
+    monitor.process_cpu += [0.5, 0.7]
+    monitor.memory += [4e8, 1.5e9]
+    monitor.probes["queue depth"] += [10.0, 14.0]
+    monitor.probes["broken"] += [np.nan, np.nan]
+    monitor.problems["broken"] = "KeyError: 'depth'"
+    monitor.gpu_message = "no NVIDIA driver here"
+    assert repr(monitor) == (
+        "UsageMonitor: 2 samples in 0.2 s, CPU 40%, this process 0.6 cores, at most 1,500 MB, "
+        "no NVIDIA driver here, queue depth 12, broken unknown, "
+        "no answer from broken (KeyError: 'depth')"
+    )
+    monitor.gpus.append(Gpu(0, "H100", 8e10, [80.0, 90.0], [1e9, 2e9]))
+    assert ", GPU 0 H100 85%, " in repr(monitor) and "NVIDIA driver" not in repr(monitor)

@@ -108,6 +108,11 @@ def page(report: Any) -> str:
     )
 
 
+def paragraphs(shown: Any) -> str:
+    """The lines of anything's text as HTML."""
+    return "".join(f"<p>{html.escape(line)}</p>" for line in str(shown).splitlines())
+
+
 def write(who: str, path: str | Path, text: str) -> None:
     """Writes the file whole or not at all, with the rights that it had, in a folder that is there.
     Raises OSError."""
