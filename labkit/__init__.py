@@ -34,6 +34,8 @@ _HOME = {
     "StepTimer": "instruments.step_timer",
     "UsageMonitor": "instruments.usage_monitor",
     "diagnose": "instruments.diagnosis",
+    "load_report": "instruments.compare",
+    "compare": "instruments.compare",
     "audit": "instruments.audit",
     "watch": "instruments.watch",
 }
@@ -76,11 +78,13 @@ class _CallableModule(ModuleType):
         return self.__wrapped__(*args, **kwargs)
 
 
-def callable_module(function: Callable[..., Any]) -> None:
-    """Makes the module of `function` callable as the function. `labkit.train` is both: a module for
-    `python -m`, and a function, before and after anything has imported the module."""
-    if function.__module__ != "__main__":  # then it is a script, and nobody's module
-        module: Any = sys.modules[function.__module__]
+def callable_module(function: Callable[..., Any], name: str = "") -> None:
+    """Makes the module of that name, or that of `function`, callable as the function.
+    `labkit.train` is both: a module for `python -m`, and a function, before and after anything has
+    imported the module."""
+    name = name or function.__module__
+    if name != "__main__":  # then it is a script, and nobody's module
+        module: Any = sys.modules[name]
         module.__class__, module.__wrapped__ = _CallableModule, function
 
 

@@ -15,7 +15,7 @@ from labkit.train import PIPELINES, History, check_settings, train
 _DEFAULTS = {name: p.default for name, p in inspect.signature(train).parameters.items()}
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: {message} (--help lists every flag)\n")
 
@@ -36,8 +36,8 @@ def _number_of_workers(text: str) -> int | str:
         raise argparse.ArgumentTypeError(f"expected a count or auto, got {text!r}") from None
 
 
-def _parser() -> _Parser:
-    parser = _Parser(
+def _parser() -> Parser:
+    parser = Parser(
         prog="python -m labkit.train",
         usage="python -m labkit.train [--n_thread COUNT] [flags]",
         description="Train the CNN on MNIST, by queue or feed_dict, and see where time goes.",
@@ -95,7 +95,7 @@ def _parser() -> _Parser:
     return parser
 
 
-def _problem_with(path: str) -> str | None:
+def problem_with(path: str) -> str | None:
     """Why a file cannot be written; found out before the training, not after it."""
     file = Path(path)
     try:
@@ -113,14 +113,14 @@ def _problem_with(path: str) -> str | None:
     return None
 
 
-def _checked(parser: _Parser, arguments: list[str] | None) -> dict[str, Any]:
+def _checked(parser: Parser, arguments: list[str] | None) -> dict[str, Any]:
     """The flags, by the names of train()'s arguments; ends the program where one is wrong."""
     given, unknown = parser.parse_known_args(arguments)
     if unknown:
         parser.refuse(unknown)
     options = vars(given)
     for flag in ("json", "plot"):
-        problem = options[flag] is not None and _problem_with(options[flag])
+        problem = options[flag] is not None and problem_with(options[flag])
         if problem:
             parser.error(f"--{flag}: {problem}")
     plot = options["plot"]

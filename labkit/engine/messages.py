@@ -1,5 +1,6 @@
 """What a worker can say, and how the consumer hears of it."""
 
+import html
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +11,13 @@ class WorkerError(RuntimeError):
     """What went wrong in a worker; `worker` is its number. The cause, if any, is `__cause__`."""
 
     worker: int | None = None
+
+    def _repr_html_(self) -> str:
+        """Worker and error, and the traceback in its own lines: `repr` has all in one."""
+        said, _, text = str(self).partition("\n")
+        number = "" if self.worker is None else f" (worker {self.worker})"
+        traceback = f"<pre>{html.escape(text.strip())}</pre>" if text.strip() else ""
+        return f"<p><b>WorkerError{number}:</b> {html.escape(said)}</p>{traceback}"
 
 
 @dataclass

@@ -15,6 +15,7 @@ from labkit.checks import expect, is_integer
 from labkit.engine import KINDS
 from labkit.engine.batches import Spec
 from labkit.engine.produce import IteratorFactory
+from labkit.instruments.keep import paragraphs
 from labkit.sources import as_factory
 
 _MOST_SAMPLES = 5_000_000
@@ -66,6 +67,8 @@ class Audit:
             f"{self.delivered:,} samples delivered{of}: {self.repeated:,} repeated, "
             f"{missed} missed; batches mixed to {mixing}.\n{self.verdict}"
         )
+
+    _repr_html_ = paragraphs
 
 
 def audit(
@@ -216,8 +219,7 @@ def _watch(
             return _Seen([first], _epochs_of_streams(np.concatenate(first), epochs, share), True)
         # Longer than `most` if the first pass was.
         most = max(most, 2 * sum(map(len, first)))
-        others = (_read(iter(dataset), tag, most, 0 * share)[0] for _ in range(epochs - 1))
-        passes = [first, *others]
+        passes = [first, *(_read(iter(dataset), tag, most, 0 * share)[0] for _ in range(1, epochs))]
         return _Seen(passes, list(map(np.concatenate, passes)))
 
 
@@ -248,8 +250,7 @@ def _read(
     count, heard = 0, time.monotonic()
     came, furthest = np.zeros_like(due), np.zeros_like(due)
     while count < most or bool(np.any(came < due)):
-        item = next(batches, None)
-        if item is None:
+        if (item := next(batches, None)) is None:
             return read, True
         place = np.asarray(item["place"])
         tags = _content(item["batch"]) if tag is None else _tags(tag, item["batch"], len(place))
@@ -388,8 +389,7 @@ def _agreement(seen: _Seen) -> float:
     """Of the places in their streams at which two workers were seen, where their samples agree."""
     compared = agree = 0
     # All that was read of an endless iterator: its epochs have each place of a stream but once.
-    for rows in map(np.concatenate, seen.passes):
-        tags, _, number, _ = rows.T
+    for tags, _, number, _ in (np.concatenate(read).T for read in seen.passes):
         if len(np.unique(tags)) < 2:  # all samples are alike: the workers are not to blame
             return 0.0
         _, first, which = np.unique(number, return_index=True, return_inverse=True)

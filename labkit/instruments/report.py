@@ -5,15 +5,19 @@ import html
 import io
 import math
 from dataclasses import dataclass, field
+from datetime import datetime
+from pathlib import Path
 from typing import Any
 
+from labkit import __version__
 from labkit.checks import expect, is_number
 from labkit.engine import KINDS
-from labkit.instruments import laws
+from labkit.instruments import keep, laws
+from labkit.instruments.keep import About
 from labkit.instruments.laws import Demands
 from labkit.instruments.measure import Iterators, Model, Watch, together
 from labkit.instruments.stages import Stage, in_words
-from labkit.machine import onednn_note
+from labkit.machine import describe_machine, onednn_note
 from labkit.queue_runner import QueueRunner
 from labkit.sources import whole
 
@@ -86,6 +90,10 @@ class Report:
         ready_rate: steps/s of the recommended setting on batches that were ready.
         headroom: how many times as fast as recommended that is; of a loop that is left as it is,
             the model alone.
+        waiting: the share of its time for which the model waits in a serial loop, 0 to 1.
+        date: when it was made, ISO 8601.
+        loaded: whether it was read from a file, by `labkit.load_report`.
+        about: the machine, versions, and what else it tells; see `labkit.instruments.keep.About`.
     """
 
     nature: str
@@ -104,6 +112,23 @@ class Report:
     outside: str = field(default="", repr=False)
     stages: list[Stage] = field(default_factory=list)
     ready_rate: float = 0.0
+    date: str = field(
+        default_factory=lambda: datetime.now().astimezone().isoformat(timespec="seconds"),
+        repr=False,
+    )
+    saved: About | None = field(default=None, repr=False)  # of one that was loaded
+
+    @property
+    def loaded(self) -> bool:
+        return self.saved is not None
+
+    @property
+    def about(self) -> About:
+        if self.saved is not None:
+            return self.saved
+        taken = None if self.model.puts_back else self.model.taken
+        note, unsplit = onednn_note() or "", whole(self.iterator)
+        return About(__version__, describe_machine(), note, unsplit, taken)
 
     @property
     def verdict(self) -> str:
@@ -116,8 +141,12 @@ class Report:
         for kind, why in self.problems.items():
             first_line = why.split("\n")[0]
             said += f" {KINDS[kind].plural.capitalize()} could not be tried: {first_line}"
-        unsplit = whole(self.iterator)
+        unsplit = self.about.unsplit
         return f"{said} {unsplit}" if unsplit else said
+
+    @property
+    def waiting(self) -> float:
+        return max(0.0, 1 - self.serial_rate / self.model_rate)
 
     @property
     def speed_up(self) -> float:
@@ -135,7 +164,9 @@ class Report:
         return self.ready_rate / self.best.predicted
 
     def runner(self, **options: Any) -> QueueRunner:
-        """A `QueueRunner` as recommended; `options` go to its constructor and win."""
+        """A `QueueRunner` as recommended; `options` go to its constructor and win. Raises
+        RuntimeError if the report was loaded from a file."""
+        self._expect_live("runner")
         chosen = {"batch_size": self.batch_size, "n_workers": self.best.n}
         return QueueRunner(self.iterator, **{**chosen, "workers": self.best.workers, **options})
 
@@ -147,9 +178,11 @@ class Report:
         may be. The model gets its state back afterwards, or `restore` is called, as for `diagnose`.
 
         Raises:
+            RuntimeError: the report was loaded from a file.
             ValueError: seconds, for each setting, is not above 0.
             WorkerError: the iterator failed.
         """
+        self._expect_live("check")
         expect_seconds("check", seconds)
         others = sorted(
             (r for r in self.rows if r is not self.best and r.bound_by != laws.MEMORY),
@@ -166,6 +199,16 @@ class Report:
         self.take_in(picked, now)
         print(self.table())
         return picked
+
+    def _expect_live(self, what: str) -> None:
+        if self.loaded:
+            best = f"n_workers={self.best.n}, workers={self.best.workers!r}"
+            raise RuntimeError(
+                f"Report.{what}: expected a report that diagnose has just made, got one that was "
+                "loaded from a file, where there is no iterator and no model. Call labkit.diagnose("
+                "iterator, model) again, or take what it recommends: labkit.QueueRunner(iterator, "
+                f"batch_size={self.batch_size}, {best})."
+            )
 
     def _measure(self, row: Row, seconds: float) -> float:
         return together(self.iterator, self.model, row.workers, row.n, self.batch_size, seconds)
@@ -186,19 +229,27 @@ class Report:
     def plot(self) -> Any:
         """Predicted steps/s over the number of workers, with what was measured as points."""
         from labkit.instruments import plots
-        from labkit.machine import describe_machine
 
-        return plots.diagnosis(self, describe_machine())
+        return plots.diagnosis(self, self.about.machine)
+
+    def save(self, path: str | Path) -> None:
+        """Writes JSON, which `labkit.load_report` and `labkit.compare` read: the file whole or not
+        at all, in a folder that is there. Raises OSError."""
+        keep.write("Report.save", path, keep.as_json(self))
+
+    def to_html(self, path: str | Path) -> None:
+        """Writes one HTML page with the plot in it, which opens anywhere, offline; as `save`."""
+        keep.write("Report.to_html", path, keep.page(self))
 
     @property
     def notes(self) -> list[str]:
         """What else there is to know: that a callable step was really taken, how often, if nothing
         puts that right; the headroom; which stage to make faster; the memory that workers take;
         that oneDNN is off; why a measured value may be outside its range."""
-        said = []
-        if not self.model.puts_back:
+        said, about = [], self.about
+        if about.taken is not None:
             said.append(
-                f"Your step was really taken, {self.model.taken:,} times, and has trained whatever "
+                f"Your step was really taken, {about.taken:,} times, and has trained whatever "
                 "it trains. Give diagnose(..., restore=) a function that puts that back."
             )
         if self.leave:
@@ -207,7 +258,7 @@ class Report:
             said.append(laws.headroom(self.best.name, self.headroom, self.ready_rate))
         most = {row.workers: row.n for row in self.rows}  # the last of each kind
         memory = laws.memory(self.demands, most)
-        more = (in_words(self.stages), memory, onednn_note(), self.outside)
+        more = (in_words(self.stages), memory, about.onednn, self.outside)
         return said + [note for note in more if note]
 
     def _cells(self) -> list[tuple[str, ...]]:

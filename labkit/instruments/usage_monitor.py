@@ -196,6 +196,23 @@ class UsageMonitor:
         plain = {name: copy.deepcopy(getattr(self, name)) for name in names.split()}
         return {**plain, "gpus": [asdict(gpu) for gpu in self.gpus]}
 
+    def __repr__(self) -> str:
+        """A line of what was seen: means, the peak of memory, the median of each probe."""
+        if not self.seconds:
+            return "UsageMonitor: no samples yet"
+        seen = self.summary()
+        gpus = [f"GPU {g['index']} {g['name']} {_said(g['utilisation'])}%" for g in seen["gpus"]]
+        parts = [
+            f"{seen['samples']} samples in {self.seconds[-1]:.1f} s",
+            f"CPU {_said(seen['cpu'])}%",
+            f"this process {_said(seen['process_cpu'])} cores",
+            f"at most {_said(seen['memory'] / 1e6)} MB",
+            *(gpus or [self.gpu_message]),
+            *(f"{name} {_said(value)}" for name, value in seen["probes"].items()),
+            *(f"no answer from {name} ({error})" for name, error in seen["problems"].items()),
+        ]
+        return f"UsageMonitor: {', '.join(parts)}"
+
     def summary(self) -> dict[str, Any]:
         """One number for each series, in the same units: the mean of cpu, process_cpu and GPU
         utilisation, the peak of memory, the median of probes. Missing values are left out."""
@@ -243,6 +260,10 @@ def _process_cores() -> Callable[[], float]:
         return (last[0] - busy) / (last[1] - then)
 
     return cores
+
+
+def _said(value: float) -> str:
+    return "unknown" if math.isnan(value) else f"{value:.3g}" if value < 100 else f"{value:,.0f}"
 
 
 def _over(statistic: Callable[[list[float]], float], samples: list[float]) -> float:
