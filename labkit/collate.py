@@ -1,6 +1,6 @@
 """Samples into batches, and batches of Keras and PyTorch into what the engine takes."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -8,6 +8,19 @@ import numpy as np
 from labkit.engine.batches import BatchError
 
 _AS_IT_IS = (dict, tuple, str, bytes, type(None))
+
+
+class Loaded:
+    """A path's sample by its index."""
+
+    def __init__(self, paths: list[Any], load: Callable[[Any], Any]) -> None:
+        self.paths, self.load = paths, load
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> Any:
+        return self.load(self.paths[index])
 
 
 def plain(node: Any) -> Any:

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from labkit.checks import expect, is_integer
-from labkit.collate import plain, stacked
+from labkit.collate import Loaded, plain, stacked
 
 _HOOKS = ("on_epoch_begin", "on_epoch_end")
 _UNSPLIT = (
@@ -53,8 +53,8 @@ def from_files(
             sample: a tuple or dict (also nested) of arrays, numbers or texts, or one of these,
             without a batch axis and of the same shapes every time. Tensors become arrays.
         batch_size: samples per batch. Default 32.
-        shuffle: another order in each pass; False keeps that of `paths`. Default True.
-        seed: of that order. Default: another one each time.
+        shuffle: another order in each pass; False, here or of the runner, keeps that of `paths`.
+        seed: of that order. Default: the runner's, if it has one, or else another one each time.
 
     Returns:
         a source whose `len()` is the number of batches in a pass.
@@ -78,7 +78,7 @@ def from_files(
     names = list(paths)
     what = "from_files: expected at least one path; check the folder and the pattern they come from"
     expect(bool(names), what, names)
-    return BySample(_Loaded(names, load), batch_size, _seed_of(seed), shuffle, names)
+    return BySample(Loaded(names, load), batch_size, seed, shuffle, names)
 
 
 def as_factory(
@@ -113,7 +113,7 @@ def as_factory(
     _refuse_what_lies_in_memory(source)
     if hasattr(source, "__getitem__"):
         with suppress(TypeError, NotImplementedError):  # some have no length after all
-            return BySample(source, batch_size, _seed_of(seed), shuffle, range(len(source)))
+            return BySample(source, batch_size, seed, shuffle, range(len(source)))
     again = hasattr(type(source), "__iter__") and not hasattr(type(source), "__next__")
     return Whole(source, "", _UNSPLIT) if again else source
 
@@ -122,6 +122,8 @@ def taken_in(given: dict[str, Any]) -> dict[str, Any]:
     """QueueRunner's arguments with a factory as `iterator`, and with what its source tells."""
     seed = given["seed"] or 0 if given["order"] == "fixed" else given["seed"]
     factory = as_factory(given["iterator"], given["batch_size"], seed, bool(given["shuffle"]))
+    if isinstance(factory, BySample):
+        factory = factory.ordered(seed, bool(given["shuffle"]))
     taken = {**given, "iterator": factory}
     if not isinstance(factory, _Source):
         return taken
@@ -187,10 +189,16 @@ class BySample(_Source):
     """A source with a length and an index, of one sample: each sample once a pass."""
 
     def __init__(
-        self, source: Any, batch_size: int, seed: int, shuffle: bool, names: Sequence[Any]
+        self, source: Any, batch_size: int, seed: int | None, shuffle: bool, names: Sequence[Any]
     ) -> None:
         super().__init__(source)
-        self.batch_size, self.seed, self.shuffle, self.names = batch_size, seed, shuffle, names
+        self.batch_size, self.shuffle, self.names = batch_size, shuffle, names
+        self._given, self.seed = seed, _seed_of(seed)
+
+    def ordered(self, seed: int | None, shuffle: bool) -> "BySample":
+        """The same with a runner's seed, if it has none of its own, and shuffled if both want."""
+        seed = seed if self._given is None else self._given
+        return BySample(self.source, self.batch_size, seed, self.shuffle and shuffle, self.names)
 
     def __len__(self) -> int:
         return -(-len(self.source) // self.batch_size)
@@ -210,19 +218,6 @@ class BySample(_Source):
         except Exception as error:
             error.add_note(f"It came of sample {self.names[index]!r}.")
             raise
-
-
-class _Loaded:
-    """A path's sample by its index."""
-
-    def __init__(self, paths: list[Any], load: Callable[[Any], Any]) -> None:
-        self.paths, self.load = paths, load
-
-    def __len__(self) -> int:
-        return len(self.paths)
-
-    def __getitem__(self, index: int) -> Any:
-        return self.load(self.paths[index])
 
 
 class ByBatch(_Source):

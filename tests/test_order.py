@@ -6,6 +6,7 @@ import time
 import numpy as np
 import pytest
 
+import labkit
 from labkit import MnistDataGenerator, QueueRunner, WorkerError, train
 from labkit.engine import KINDS
 from labkit.engine.order import Reservoir
@@ -170,7 +171,8 @@ def test_what_cannot_be_had_together_is_refused(options, says):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_data_set_with_an_index_has_a_fixed_order_too(kind):
+@pytest.mark.parametrize("loaded", [False, True])
+def test_a_data_set_with_an_index_has_a_fixed_order_too(kind, loaded):
     """With no seed as well: then it is that of seed 0, whatever the number of workers."""
 
     class Squares:  # here, or a process would import this file and TensorFlow
@@ -181,7 +183,8 @@ def test_a_data_set_with_an_index_has_a_fixed_order_too(kind):
             return np.int64(index)
 
     def run(n_workers, **options):
-        runner = QueueRunner(Squares(), 4, n_workers, kind, order="fixed", **options)
+        source = labkit.from_files(range(40), np.int64, 4) if loaded else Squares()
+        runner = QueueRunner(source, 4, n_workers, kind, order="fixed", **options)
         return samples(in_dataset(runner))
 
     sizes = {"capacity": 20, "min_after_dequeue": 8}

@@ -132,7 +132,8 @@ class FitWatch(tf.keras.callbacks.Callback):
         batches = taker.next(iterator)
         took = time.perf_counter() - asked
         if not batches:
-            raise StopIteration
+            # As Keras ends a pass of unknown length: it counts one more step for the optimizer.
+            return self._tap.inner(iterator)
         if len(batches) not in self._functions:
             self._functions[len(batches)] = self._function(len(batches), taker)
         result = self._functions[len(batches)](*batches)
