@@ -118,6 +118,27 @@ def test_who_stalls_at_its_turn_is_named(kind, timeout):
     assert raised.value.worker == 1
 
 
+@pytest.mark.parametrize("options", [{"shuffle": False}, {"min_after_dequeue": 0}])
+def test_batches_that_wait_in_the_queue_are_not_written_over(consume, options):
+    """A process writes into its ring again, which has room for far fewer than the queue."""
+
+    def factory():
+        for number in range(100):
+            yield np.full((8, 1024), number, np.float32)
+
+    class Waits(list):
+        def append(self, batch):
+            super().append(batch)
+            if len(self) == 1:
+                deadline = time.monotonic() + 20
+                while runner.samples < 8 * 90 and time.monotonic() < deadline:
+                    time.sleep(0.01)
+
+    runner = QueueRunner(factory, 8, 1, "process", capacity=800, order="fixed", **options)
+    batches = consume(runner, seen=Waits())
+    assert [np.unique(batch).tolist() for batch in batches] == [[number] for number in range(100)]
+
+
 @pytest.mark.parametrize("shuffle", [False, True])
 def test_large_samples_and_text_are_mixed_as_small_ones_are(shuffle):
     """Large ones are lent by a process, in parts of a batch that depend on how much room it has."""

@@ -84,12 +84,15 @@ class Options:
         """Samples that the feeder mixes itself: TensorFlow's queue would by who is first."""
         return self.min_after_dequeue if self.order == "fixed" else 0
 
+    @property
+    def _queue_mixes(self) -> bool:
+        return self.shuffle and self.order == "any"
+
     def queue(self, spec: Spec) -> tuple[Any, ...]:
         """What its `tf_queue.Shape` is made of. Raises MemoryError where that would not fit."""
         self.check_memory(spec)
-        mixes = self.shuffle and self.order == "any"
-        least = self.min_after_dequeue - self._mixed
-        return spec, self.batch_size, self.capacity - self._mixed, least, self.seed, mixes
+        size, least = self.capacity - self._mixed, self.min_after_dequeue - self._mixed
+        return spec, self.batch_size, size, least, self.seed, self._queue_mixes
 
     def feeder(self, n_workers: int | str, spec: Spec | None, epoch: int) -> Feeder:
         """A new run, whose first pass has the number `epoch`."""
@@ -102,7 +105,8 @@ class Options:
             self.timeout,
             self.capacity + 2 * self.batch_size,
             self.reuses_buffers,
-            not self.shuffle,
+            # Batches lie in the queue as they are delivered, unless they are mixed on the way.
+            not (self._queue_mixes or self._mixed),
             epoch,
         )
         terms = Terms(
