@@ -1,7 +1,7 @@
 """What a batch looks like, whether this one fits, and whose memory it lies in."""
 
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -263,6 +263,13 @@ def _check(want: Component, got: Any) -> np.ndarray:
         f"delivered component '{want.name}' with shape {array.shape}, expected {shape} as in the "
         f"first batch or the given spec. {cure}"
     )
+
+
+def joined(parts: Sequence[list[Any]]) -> list[Any]:
+    """The samples of several parts, component by component; of one part as they lie."""
+    if len(parts) == 1:
+        return parts[0]
+    return [np.concatenate(pieces) for pieces in zip(*parts, strict=True)]
 
 
 # ---------------------------------------------------------------- whose memory it is

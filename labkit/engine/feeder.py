@@ -16,10 +16,8 @@ import weakref
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-import numpy as np
-
 from labkit.engine.auto import Scaler
-from labkit.engine.batches import Spec
+from labkit.engine.batches import Spec, joined
 from labkit.engine.heard import Heard
 from labkit.engine.interrupts import ear
 from labkit.engine.messages import Chunk, Ended, Lost, WorkerError
@@ -242,9 +240,7 @@ class Feeder:
             if self._turns is not None:
                 mix = self._turns.reservoir.mix
                 parts = [mix(chunk.arrays, chunk.last) for chunk in chunks]
-            arrays = parts[0]
-            if len(parts) > 1:
-                arrays = [np.concatenate(column) for column in zip(*parts, strict=True)]
+            arrays = joined(parts)
             if len(arrays[0]) and not queue.enqueue(arrays):
                 return
         finally:

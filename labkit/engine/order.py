@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from labkit.engine.batches import joined
 from labkit.engine.messages import Chunk, Lost, Message
 from labkit.engine.pool import Pool
 
@@ -91,9 +92,7 @@ class Reservoir:
         if not last:
             self._parts.append([column.copy() for column in columns])
             return self._given([column[:0] for column in columns])
-        if self._parts:
-            pieces = zip(*self._parts, columns, strict=True)
-            columns, self._parts = [np.concatenate(piece) for piece in pieces], []
+        columns, self._parts = joined([*self._parts, columns]), []
         return self._given(self._exchange(columns))
 
     def rest(self) -> list[Any]:
@@ -112,14 +111,14 @@ class Reservoir:
         done = min(len(columns[0]), self._size - self.count)
         self._put(slice(self.count, self.count + done), columns, 0, done)
         self.count += done
-        came = [[kept[:0] for kept in self._kept]]
+        came = []
         while done < len(columns[0]):
             number = min(self._size, len(columns[0]) - done)
             places = draws.choice(self._size, number, replace=False)
             came.append([kept[places] for kept in self._kept])
             self._put(places, columns, done, done + number)
             done += number
-        return [np.concatenate(pieces) for pieces in zip(*came, strict=True)]
+        return joined(came) if came else [kept[:0] for kept in self._kept]
 
     def _put(
         self, places: slice | np.ndarray, columns: list[np.ndarray], begin: int, end: int
@@ -162,9 +161,7 @@ class Cutter:
 
     def _joined(self, *more: list[np.ndarray]) -> list[np.ndarray]:
         parts, self._rest, self._count = [*self._rest, *more], [], 0
-        if len(parts) == 1:
-            return parts[0]
-        return [np.concatenate(pieces) for pieces in zip(*parts, strict=True)]
+        return joined(parts)
 
 
 def _objects(samples: tuple[np.ndarray, ...]) -> np.ndarray:

@@ -92,11 +92,10 @@ class ProcessPool(Pool):
             self.spec = self.spec or message
             self._states[process.index].since = time.monotonic()
             return None
-        if self.job.keeps and isinstance(message, Chunk):
-            # What lies in the ring is written over, once its slots are given back.
-            message.arrays = [
-                a if isinstance(a, tuple) else aligned_copy(a) for a in message.arrays
-            ]
+        if self.job.keeps and isinstance(message, Chunk) and message.slots:
+            # What lies in the ring, and is not lent, is written over once its slots are given back.
+            parts = message.arrays
+            message.arrays = [p if isinstance(p, tuple) else aligned_copy(p) for p in parts]
         return message
 
     def _lost(self, process: "_Process") -> Lost:

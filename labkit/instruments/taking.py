@@ -64,8 +64,7 @@ class Taker:
 
     def most_to_hold(self, batches: list[Any]) -> int:
         """How many calls' batches may be held, so that they take no more than 256 MB."""
-        batch = batches[0].get_value() if self.optionals else batches[0]
-        parts = tf.nest.flatten(batch, expand_composites=True)
+        parts = tf.nest.flatten(self._first(batches), expand_composites=True)
         size = sum(part.shape.num_elements() * part.dtype.size for part in parts)
         return _MOST_BYTES // max(1, size * self.number)
 
@@ -74,12 +73,15 @@ class Taker:
         if len(self._takes) >= _TAKES or not self.one_device:
             return
         if self._ready is None:
-            batch = batches[0].get_value() if self.optionals else batches[0]
-            self._ready = iter(tf.data.Dataset.from_tensors(batch).repeat())
+            cached = tf.data.Dataset.from_tensors(self._first(batches))
+            self._ready = iter(cached.repeat())
             self._take(self._ready)  # it compiles
         began = time.perf_counter()
         self._take(self._ready)
         self._takes.append(time.perf_counter() - began)
+
+    def _first(self, batches: list[Any]) -> Any:
+        return batches[0].get_value() if self.optionals else batches[0]
 
 
 def _one_by_one(number: int) -> Callable[[Any], list[Any]]:
