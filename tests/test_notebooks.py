@@ -126,7 +126,13 @@ def test_a_notebook_that_is_opened_and_saved_stays_as_it_was(name):
     assert not timed, "make it again as CONTRIBUTING.md says"
 
 
-@pytest.mark.parametrize("name", SMALL)
+# One of each kind in every run: a graph, faults and processes, Keras.
+OFTEN = ("02_threaded_queue", "06_when_things_break", "07_your_own_data")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=() if n in OFTEN else pytest.mark.slow) for n in SMALL]
+)
 def test_run_all_again_and_after_an_interrupt(name, kernel, tmp_path):
     book = nbformat.read(NOTEBOOKS / f"{name}.ipynb", 4)
     first, *rest = [cell.source for cell in book.cells if cell.cell_type == "code"]
