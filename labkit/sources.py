@@ -174,6 +174,8 @@ class _Source:
 class Whole(_Source):
     """An iterable of batches, from its beginning in each pass, by worker 0; others have none."""
 
+    _labkit_reads_up_to = True
+
     def __init__(self, source: Any, stays: str, whole: str) -> None:
         super().__init__(source, stays)
         self.whole = whole

@@ -24,7 +24,7 @@ EXCEPTIONS: dict[str, set[str]] = {
     "lines of a function": set(),
     "attributes of a class": set(),
 }
-TOO_MUCH_IN_ALL, TOO_MUCH_IN_THE_LESSON = 5900, 150
+TOO_MUCH_IN_ALL, TOO_MUCH_IN_THE_LESSON = 6150, 150
 
 READ_FIRST = ("data", "workloads", "queue_runner", "model", "train")
 LESSON = {*READ_FIRST, "cli"}
