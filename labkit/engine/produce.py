@@ -20,7 +20,6 @@ from labkit.engine.stage import Times, take
 _KNOWN = ("worker", "n_workers", "epoch", "start", "seed", "rng")
 # These may be a factory's own, so one that has a default is left alone unless it is annotated so.
 _DRAWN = {"seed": "SeedSequence", "rng": "Generator"}
-_KEY = 1  # of the workers' random numbers, apart from all else that is drawn from the seed
 _MOST_EMPTY = 10_000  # in a row
 _OVER = (
     "The batches after it cannot be had, since a generator that raised is over. To leave out that "
@@ -86,16 +85,11 @@ class IteratorFactory:
         return done * self.n_workers if self.shards else done
 
     def _filled(self, worker: int, epoch: int, done: int = 0) -> dict[str, Any]:
-        key = (_KEY, epoch, worker)
-
-        def seeded(*more: int) -> np.random.SeedSequence:
-            return np.random.SeedSequence(self.seed, spawn_key=(*key, *more))
-
         known: dict[str, Any] = {"worker": worker, "n_workers": self.n_workers, "epoch": epoch}
-        if "seed" in self.names:
-            known["seed"] = seeded()
-        if "rng" in self.names:  # a stream that begins later is another one
-            known["rng"] = np.random.default_rng(seeded(done) if done else seeded())
+        # Keys of their own, apart from all else that is drawn from the seed.
+        known["seed"] = np.random.SeedSequence(self.seed, spawn_key=(0, epoch, worker))
+        later = np.random.SeedSequence(self.seed, spawn_key=(1, epoch, worker, done))
+        known["rng"] = np.random.default_rng(later)
         # A default may have a meaning of its own, as long as there is nothing to leave out.
         if done or ("start" in self.names and _needed(_parameters(self.factory)["start"])):
             known["start"] = self.start(done)
