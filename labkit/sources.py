@@ -45,7 +45,8 @@ def from_files(
 ) -> "BySample":
     """A source for `QueueRunner` and `diagnose`: batches of what `load` makes of each path.
 
-    Every path is loaded once a pass, by one of the workers; the last batch may be smaller.
+    Every path is loaded once a pass, by one of the workers; the last batch may be smaller. Where
+    `load` raises, `QueueRunner(on_error="skip")` leaves out the whole batch.
 
     Args:
         paths: of files; or whatever else `load` takes, as `range(len(x))`.

@@ -129,8 +129,8 @@ def augmented_apart(worker, rng):
 
 
 def test_audit_finds_augmented_copies_that_are_equal_between_processes():
-    given = {"workers": "process", "n_workers": 2, "samples": 40, "tag": position}
-    alike = labkit.audit(augmented_alike, **given)
+    given = {"n_workers": 2, "samples": 40, "tag": position}
+    alike = labkit.audit(augmented_alike, workers="process", **given)
     assert (alike.repeated, alike.same_batches, alike.batches) == (40, 10, 10)
     assert "10 of 10 batches are equal, to the last bit" in alike.verdict
     assert "such as number 0 of worker 0 and number 3 of worker 1" in alike.verdict

@@ -113,6 +113,7 @@ def test_who_fails_for_ever_or_at_all_is_no_endless_loop():
     def other(worker):
         return Broken() if worker else iter([(np.zeros(4),)] * 3)
 
+    Broken.asked = 0
     # In a fixed order worker 1 waits for its turn with the first of its own.
     for factory, order in ((Broken, "any"), (other, "fixed")):
         with pytest.raises(WorkerError, match=r"11 of \d+ batches had to be left out"):
