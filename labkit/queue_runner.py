@@ -7,7 +7,7 @@ import collections
 import threading
 import warnings
 import weakref
-from collections.abc import Callable, Iterator, Sized
+from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
 from labkit.checks import expect, is_integer
@@ -46,9 +46,10 @@ class QueueRunner:
             of arrays of any dtype and shape, whose first axis counts samples. It runs once in each
             worker and pass. If it has parameters named `worker`, `n_workers` or `epoch`, it
             receives the worker's number (from 0), their count, and the number of the pass (from
-            0). With them workers share one data set out among themselves; and whatever draws
-            random numbers seeds with them, `np.random.default_rng([seed, worker, epoch])`: one
-            generator captured by the factory draws the same in every process. Or a data set:
+            0). With them workers share one data set out among themselves. Whatever draws random
+            numbers draws from a parameter `rng`, a `numpy.random.Generator` of that worker and
+            pass, or spawns from `seed`, a `SeedSequence`, by the batch's number; both are filled in
+            if they have no default, or the type as annotation. Or a data set:
             `labkit.from_files`, a Keras `PyDataset`, an object with `__len__` and `__getitem__`,
             all split by index; a `tf.data.Dataset` or another iterable, run by one worker.
         batch_size: samples that the model takes per step; free of the iterator's own chunk size.
@@ -62,14 +63,20 @@ class QueueRunner:
             Default 1000, or four batches where that is more.
         spec: structure like a batch, with `labkit.Component(name, shape, dtype)` at each leaf (the
             shape without the batch axis). Default: read from the first batch, which is not lost.
-        on_error: "raise", or "continue": go on with the other workers and warn once.
+        on_error: "raise"; "continue": go on with the other workers and warn once; or "skip": leave
+            out and count a batch that does not fit, or at which the iterator raised; the first is
+            shown in a warning. A generator that raised is over, and so is the run, unless the
+            factory has a parameter `start`, the number of the batch (of all workers, if it takes
+            `n_workers`) to begin with. Of a data set read by sample, its whole batch is left out.
         timeout: seconds that a worker may spend on one batch before that counts as a failure and
             the error shows what it was doing; None waits for ever. Default 60.
         max_workers: the limit for "auto". Default: 32 threads, or one process per usable core.
-        seed: of the shuffling, and of the order of a data set that is split by index.
+        seed: of the shuffling, of the order of a data set that is split by index, and of `seed` and
+            `rng` of the iterator. None: drawn once.
         samples: of one pass over all workers, where you know it; `dataset()` then tells Keras how
-            long an epoch is, and a pass of another length is an error. Default: unknown, unless
-            the factory has a `__len__` (in batches), or a data set is read by sample.
+            long an epoch is, and a pass of another length is an error (not one that is shorter by
+            what was left out). Default: unknown, unless the factory has a `__len__` (in batches),
+            or a data set is read by sample.
         reuses_buffers: the iterator may write into an array again after it has yielded it, so a
             thread copies what anybody else refers to. False saves that copy. Default True.
         order: "any", as batches come; or "fixed": with the same seed (none is 0) and n_workers the
@@ -77,10 +84,13 @@ class QueueRunner:
             pace. Of a factory that makes batch i in worker i % n_workers, as
             `MnistDataGenerator.passes_iterator`, it is the same for every n_workers.
         shuffle: False delivers samples in the order in which they come; nothing stays behind.
+        max_skipped: how many batches "skip" may leave out of a pass; one more is a WorkerError.
+            Default: 1 % of those that came so far, but at least 10.
 
     Attributes: each argument but `samples`, as it was given, and
         error: the WorkerError that ended the run, or None.
         samples: how many were put into the queue in this pass.
+        skipped: batches that were left out since the start.
         delivering: numbers of the workers that have delivered since the start.
 
     Raises:
@@ -99,7 +109,7 @@ class QueueRunner:
         capacity: int | None = None,
         min_after_dequeue: int | None = None,
         spec: Any = None,
-        on_error: Literal["raise", "continue"] = "raise",
+        on_error: Literal["raise", "continue", "skip"] = "raise",
         timeout: float | None = 60.0,
         max_workers: int | None = None,
         seed: int | None = None,
@@ -107,6 +117,7 @@ class QueueRunner:
         reuses_buffers: bool = True,
         order: Literal["any", "fixed"] = "any",
         shuffle: bool = True,
+        max_skipped: int | None = None,
     ) -> None:
         given = {name: value for name, value in locals().items() if name != "self"}
         self._options = Options(**taken_in(given))
@@ -268,16 +279,7 @@ class QueueRunner:
             self._told = warned_of_too_few(batches, *self._asked)
 
     def _batches(self) -> int | None:
-        """How many a pass has, where that is known and no worker may be left out."""
-        options = self._options
-        if options.on_error == "continue":
-            return None
-        if options.samples is not None:
-            return -(-options.samples // options.batch_size)
-        rows = 0 if self._feeder is None else self._feeder.heard.rows
-        if isinstance(options.iterator, Sized) and rows and not options.batch_size % rows:
-            return -(-len(options.iterator) * rows // options.batch_size)
-        return None
+        return self._options.batches(0 if self._feeder is None else self._feeder.heard.rows)
 
     # ------------------------------------------------------------------ both
 
@@ -288,6 +290,10 @@ class QueueRunner:
     @property
     def samples(self) -> int:
         return 0 if self._feeder is None else self._feeder.samples
+
+    @property
+    def skipped(self) -> int:
+        return 0 if self._feeder is None else self._feeder.heard.skips.count
 
     @property
     def delivering(self) -> set[int]:

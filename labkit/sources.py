@@ -45,7 +45,8 @@ def from_files(
 ) -> "BySample":
     """A source for `QueueRunner` and `diagnose`: batches of what `load` makes of each path.
 
-    Every path is loaded once a pass, by one of the workers; the last batch may be smaller.
+    Every path is loaded once a pass, by one of the workers; the last batch may be smaller. Where
+    `load` raises, `QueueRunner(on_error="skip")` leaves out the whole batch.
 
     Args:
         paths: of files; or whatever else `load` takes, as `range(len(x))`.
@@ -173,6 +174,8 @@ class _Source:
 
 class Whole(_Source):
     """An iterable of batches, from its beginning in each pass, by worker 0; others have none."""
+
+    _labkit_reads_up_to = True
 
     def __init__(self, source: Any, stays: str, whole: str) -> None:
         super().__init__(source, stays)

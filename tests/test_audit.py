@@ -79,7 +79,7 @@ def test_audit_measures_how_well_batches_are_mixed():
 
 
 def test_audit_of_an_endless_iterator_wants_the_size(monkeypatch):
-    monkeypatch.setattr("labkit.instruments.audit._MOST_SAMPLES", 1000)
+    monkeypatch.setattr("labkit.instruments.reading._MOST_SAMPLES", 1000)
     with pytest.raises(ValueError, match="no end; give samples="):
         labkit.audit(lambda: light())
 
@@ -103,12 +103,41 @@ def test_audit_finds_processes_that_draw_the_same_random_numbers():
     alike = labkit.audit(draws_from_the_captured, workers="process", n_workers=3, samples=300)
     assert (alike.delivered, alike.repeated, alike.missed) == (300, 200, 200)
     assert "The workers produce the same samples" in alike.verdict
-    assert "np.random.default_rng([seed, worker])" in alike.verdict
+    assert "give the factory a parameter `rng`" in alike.verdict
+    assert (alike.same_batches, alike.batches) == (39, 39) and "39 of 39 batches" in alike.verdict
     cured = labkit.audit(draws_of_its_own, workers="process", n_workers=3, samples=300)
     assert cured.repeated == 0 and "the same samples" not in cured.verdict
     # In threads all draw from one and the same generator.
     shared = labkit.audit(draws_from_the_captured, n_workers=3, samples=300)
     assert shared.repeated == 0 and "the same samples" not in shared.verdict
+
+
+def augmented(draws):
+    """Each worker delivers the same 40 samples with noise on them, and begins at another one."""
+    for at in (np.arange(0, 40, 8) + 16 * draws.pop("worker")) % 40:
+        rng = draws.get("rng") or np.random.default_rng(at)
+        index = np.arange(at, at + 8)
+        yield (np.stack([index, index + 0.4 * rng.random(8)], 1),)
+
+
+def augmented_alike(worker):
+    yield from augmented({"worker": worker})
+
+
+def augmented_apart(worker, rng):
+    yield from augmented({"worker": worker, "rng": rng})
+
+
+def test_audit_finds_augmented_copies_that_are_equal_between_processes():
+    given = {"n_workers": 2, "samples": 40, "tag": position}
+    alike = labkit.audit(augmented_alike, workers="process", **given)
+    assert (alike.repeated, alike.same_batches, alike.batches) == (40, 10, 10)
+    assert "10 of 10 batches are equal, to the last bit" in alike.verdict
+    assert "such as number 0 of worker 0 and number 3 of worker 1" in alike.verdict
+    assert "same samples" not in alike.verdict and "parameter `rng`" in alike.verdict
+    apart = labkit.audit(augmented_apart, **given)
+    assert (apart.repeated, apart.same_batches, apart.batches) == (40, 0, 10)
+    assert "to the last bit" not in apart.verdict
 
 
 def noisy(numbers):
@@ -184,7 +213,7 @@ def test_audit_of_an_endless_iterator_does_not_depend_on_who_is_fast():
 
 
 def test_audit_ends_where_one_worker_of_an_endless_iterator_has_none(monkeypatch):
-    monkeypatch.setattr("labkit.instruments.audit._SILENCE", 0.5)
+    monkeypatch.setattr("labkit.instruments.reading._SILENCE", 0.5)
 
     def one_is_empty(worker):
         while worker != 1:

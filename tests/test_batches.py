@@ -299,7 +299,7 @@ def test_workers_that_begin_with_the_same_batch_are_warned_about_once(workers):
             yield (own.normal(size=(4, 3)),)
 
     factory = noise if workers == "process" else fixed
-    with pytest.warns(RuntimeWarning, match=r"equal to the last bit.*default_rng") as said:
+    with pytest.warns(RuntimeWarning, match=r"equal to the last bit.*parameter rng") as said:
         in_dataset(QueueRunner(factory, 4, 3, workers, **SMALL))
     assert len([w for w in said if "equal to the last bit" in str(w.message)]) == 1
 

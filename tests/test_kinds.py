@@ -12,9 +12,9 @@ import pytest
 
 from labkit import QueueRunner, WorkerError
 from labkit.engine import KINDS, Kind
-from labkit.engine.messages import Chunk, Ended, Lost
+from labkit.engine.messages import Chunk, Ended, Lost, Skipped
 from labkit.engine.pool import Pool
-from labkit.engine.produce import produce
+from labkit.engine.produce import LeftOut, produce
 from labkit.engine.tracebacks import describe
 from labkit.quiet import tf
 from tests.consumers import in_dataset
@@ -50,8 +50,11 @@ class InlinePool(Pool):
         if made is None:
             self._passes[worker] = None
             return Ended(worker, self._epochs[worker])
-        self.spec = self.spec or made.spec
         self._slots[worker] -= 1
+        if isinstance(made, LeftOut):
+            told = describe(made.error)
+            return Skipped(worker, *told, made.error, self._epochs[worker])
+        self.spec = self.spec or made.spec
         return Chunk(worker, made.arrays, made.seconds, self._epochs[worker])
 
     def _refill(self, worker, slots):
@@ -59,7 +62,8 @@ class InlinePool(Pool):
 
     def _go_on(self, worker):
         self._epochs[worker] = self.epoch
-        self._passes[worker] = produce(self.factory, worker, self.epoch, self.spec, True)
+        given = self.spec, True, self.job.skip
+        self._passes[worker] = produce(self.factory, worker, self.epoch, *given)
 
     def _room(self, worker):
         return 1
@@ -237,6 +241,22 @@ def test_continue_goes_on_without_the_lost_worker(workers):
             index = sorted(int(i) for part, _ in runner.dataset() for i in part)
     assert index == list(range(40))
     assert len([w for w in said if "Going on with the other" in str(w.message)]) == 1
+
+
+@pytest.mark.filterwarnings("ignore:(?s).*left out")
+def test_a_bad_batch_is_left_out(workers):
+    def factory(worker, n_workers):
+        def batch(number):
+            if number == 3:
+                raise OSError("no disk")
+            return (np.full((4, 2) if number == 5 else 4, number),)
+
+        return map(batch, range(worker, 8, n_workers))
+
+    runner = QueueRunner(factory, 4, 2, workers, on_error="skip", **SMALL)
+    batches = in_dataset(runner)
+    assert sorted({int(i) for (index,) in batches for i in index}) == [0, 1, 2, 4, 6, 7]
+    assert runner.skipped == 2
 
 
 def test_auto_starts_more_where_they_are_needed(workers, capsys):

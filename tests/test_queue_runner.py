@@ -788,10 +788,21 @@ def test_wrong_arguments_are_refused_by_name(wrong, named):
         QueueRunner(endless(), **wrong)
 
 
-@pytest.mark.parametrize("iterator", [None, iter([]), endless()()])
-def test_an_iterator_in_place_of_a_factory_is_refused_with_the_cure(iterator):
-    with pytest.raises(TypeError, match=r"must be a function.*without calling it"):
+@pytest.mark.parametrize(
+    ("iterator", "cure"),
+    [
+        (None, "data.train_iterator, or lambda: iter(your_object)."),
+        (iter([]), "your_function, or lambda: iter(data), of the data that it goes through."),
+        (repeated(2), "repeated, or functools.partial(repeated, ...) where it takes arguments."),
+        ((x for x in ()), "your_function, or functools.partial(your_function, ...) where"),
+    ],
+)
+def test_an_iterator_in_place_of_a_factory_is_refused_with_the_cure(iterator, cure):
+    with pytest.raises(TypeError, match=r"must be a function.*without calling it") as caught:
         QueueRunner(iterator)
+    assert cure in str(caught.value)
+    # It would give what is left of it once, and nothing in the next pass.
+    assert ("It ends after one pass" in str(caught.value)) == (iterator is not None)
 
 
 def test_a_spec_without_components_is_refused():

@@ -70,6 +70,33 @@ def test_an_exception_passes_through_and_its_stage_counts(clock):
     assert heard(work) == {"outer": (0.0, 1), "read": (2.0, 1)}
 
 
+def test_above_a_function_it_times_each_of_its_calls(clock):
+    @stage("decode")
+    def decode(depth):
+        """Decodes."""
+        clock(1)
+        return depth and decode(depth - 1)
+
+    def work():
+        assert decode(0) == 0 and decode(depth=2) == 0
+
+    assert heard(work) == {"decode": (4.0, 4)}
+    assert (decode.__name__, decode.__doc__) == ("decode", "Decodes.")
+
+
+def test_above_what_its_call_does_not_run_it_is_refused():
+    def batches():
+        yield
+
+    async def later():
+        pass
+
+    for wrong in (batches, later, 3):
+        with pytest.raises(TypeError, match=r"^labkit\.stage: @stage\('x'\) must stand above") as e:
+            stage("x")(wrong)
+        assert "with labkit.stage('x'): around" in str(e.value)
+
+
 @pytest.mark.parametrize(("begins", "kept"), [(lambda: None, None), (listen, {})])
 def test_nothing_is_kept_where_nobody_listened_when_it_began(begins, kept):
     def work():

@@ -287,6 +287,17 @@ def test_a_loop_is_watched_and_its_batches_are_the_same(capsys):
     assert capsys.readouterr().out.count(f"labkit.watch: {watched.verdict()}") >= 1
 
 
+def test_a_loop_without_a_batch_says_so(capsys):
+    empty, used_up = labkit.watch([]), labkit.watch(iter([1]))
+    assert list(empty) == list(empty) == []
+    nothing = "labkit.watch: no batch came, expected at least one"
+    *lines, _ = capsys.readouterr().out.split("labkit.watch: no verdict: no batch was seen\n")
+    assert len(lines) == 2 and all(line.startswith(nothing) for line in lines)
+    assert list(used_up) == [1] and "only the first step" in capsys.readouterr().out
+    assert list(used_up) == [] and capsys.readouterr().out.startswith(nothing)
+    assert "only the first step" in used_up.verdict()
+
+
 def test_a_loop_that_waits_and_one_that_works_are_told_apart():
     waits = labkit.watch(batches(0.02)())
     for _ in waits:

@@ -4,7 +4,7 @@
                                                           │ set_active, get, release, next_epoch
                        batches.Spec: does it fit? ◄─┐     ▼
     your iterator ──► produce (one loop for all) ───┴─► Pool: ThreadPool | ProcessPool
-                                                          │ Chunk | Ended | Lost
+                                                          │ Chunk | Ended | Lost | Skipped
                                                           ▼
                          Feeder ──arrays──► tf_queue (graph or eager) ──► training
 

@@ -14,7 +14,7 @@ from typing import Any
 from labkit.engine import wire
 from labkit.engine.batches import Spec
 from labkit.engine.pickling import dump_error, dump_spec, unpickle_factory
-from labkit.engine.produce import Made, produce
+from labkit.engine.produce import LeftOut, Made, produce
 from labkit.engine.ring import Layout, Writer
 from labkit.engine.stage import listen
 from labkit.engine.tracebacks import describe
@@ -71,7 +71,7 @@ class _Child:
         self._orders.register(connection.fileno(), select.POLLIN)
         self._writer: Writer | None = None
         self._laid_out = False
-        self._may_send = 1  # chunks of text, which have no slots
+        self._may_send = 1  # of what has no slots: chunks of text, and batches left out
         self._epoch = 0
 
     def tell(self, kind: str, content: Any) -> None:
@@ -84,15 +84,20 @@ class _Child:
             raise _ParentGone from None
 
     def run(self, buffers: int) -> None:
-        code, sizes, spec, index, self._epoch, stages = pickle.loads(self.hear())
+        code, sizes, spec, index, self._epoch, stages, skip = pickle.loads(self.hear())
         factory = unpickle_factory(code, buffers, sizes)
         if stages:
             listen()
         while True:
             epoch = self._epoch
-            for made in produce(factory, index, epoch, spec, copies=False):
-                spec = made.spec
-                if not self._deliver(made, epoch):
+            for made in produce(factory, index, epoch, spec, copies=False, skip=skip):
+                if isinstance(made, LeftOut):
+                    failed = (*describe(made.error), dump_error(made.error), epoch)
+                    wanted = self._tell_in_time("skipped", failed, epoch)
+                else:
+                    spec = made.spec
+                    wanted = self._deliver(made, epoch)
+                if not wanted:
                     break
             else:
                 self.tell("ended", epoch)
@@ -106,12 +111,8 @@ class _Child:
         while self._orders.poll(0):
             self._listen()
         if self._writer is None:
-            while not self._may_send and self._epoch == epoch:
-                self._listen()
-            if self._epoch == epoch:
-                self.tell("chunk", (made.arrays, made.seconds, epoch, (), True, made.stages))
-                self._may_send -= 1
-            return self._epoch == epoch
+            chunk = (made.arrays, made.seconds, epoch, (), True, made.stages)
+            return self._tell_in_time("chunk", chunk, epoch)
         start, rows, stages = 0, len(made.arrays[0]), made.stages
         while start < rows and self._epoch == epoch:
             if not self._writer.free:
@@ -123,6 +124,15 @@ class _Child:
             last = start == rows
             self._say(wire.pack_chunk(epoch, start - begin, share, last, slots, stages))
             stages = None
+        return self._epoch == epoch
+
+    def _tell_in_time(self, kind: str, content: Any, epoch: int) -> bool:
+        """Tells it once the last that has no slots is released; False if the pass is given up."""
+        while not self._may_send and self._epoch == epoch:
+            self._listen()
+        if self._epoch == epoch:
+            self.tell(kind, content)
+            self._may_send -= 1
         return self._epoch == epoch
 
     def _lay_out(self, spec: Spec, rows: int) -> None:
@@ -143,7 +153,7 @@ class _Child:
         epoch, slots = wire.unpack_order(order)
         if epoch is not None:
             self._epoch = epoch
-        elif self._writer is None:
+        elif self._writer is None or not slots:
             self._may_send += 1
         else:
             self._writer.free += slots

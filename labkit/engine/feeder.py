@@ -20,7 +20,7 @@ from labkit.engine.auto import Scaler
 from labkit.engine.batches import Spec, joined
 from labkit.engine.heard import Heard
 from labkit.engine.interrupts import ear
-from labkit.engine.messages import Chunk, Ended, Lost, WorkerError
+from labkit.engine.messages import Chunk, Ended, Lost, Skipped, WorkerError
 from labkit.engine.order import Reservoir, Turns
 from labkit.engine.pool import Pool
 
@@ -47,7 +47,7 @@ class Terms:
     """What the runner wants of a feeder.
 
     Attributes:
-        on_error: "raise", or "continue" with the other workers.
+        on_error: "raise", "continue" with the other workers, or "skip" batches.
         batch_size: samples that the consumer takes at a time.
         least: samples below which the queue lets the consumer wait.
         capacity: samples that the queue holds.
@@ -55,6 +55,7 @@ class Terms:
         scaler: of n_workers="auto".
         fixed: workers deliver in turn, so that the order is always the same.
         mixed: samples that stay behind for mixing by the feeder itself, seeded with `seed`.
+        max_skipped: batches that may be left out of a pass; None: see `Skips`.
     """
 
     on_error: str
@@ -66,6 +67,7 @@ class Terms:
     fixed: bool = False
     mixed: int = 0
     seed: int = 0
+    max_skipped: int | None = None
 
 
 class Feeder:
@@ -79,7 +81,7 @@ class Feeder:
     def __init__(self, pool: Pool, terms: Terms) -> None:
         self.pool, self.terms = pool, terms
         self.error: BaseException | None = None
-        self.heard = Heard(pool)
+        self.heard = Heard(pool, terms.max_skipped)
         self._turns: Turns | None = None
         self._ended: set[int] = set()
         self._lost: set[int] = set()
@@ -135,7 +137,10 @@ class Feeder:
         if self._thread is not threading.current_thread():
             self._thread.join(2.0)
         _RUNNING.pop(self, None)
-        return self.pool.stop()
+        left = self.pool.stop()
+        if self.error is None:
+            self.heard.skips.report()
+        return left
 
     def abandon(self) -> None:
         """Stops from a finalizer, whose thread may be in the midst of tracing: by another one."""
@@ -189,14 +194,20 @@ class Feeder:
 
     def _await_first_chunk(self) -> None:
         """Starts workers one by one until one delivers; then as many as are wanted."""
+        skipped: list[Skipped] = []
         while not self._stopping.is_set():
             message = self.pool.get(_TICK)
             if isinstance(message, Chunk):
                 self.heard.rows = len(message.arrays[0])
                 self.pool.put_back(message)
+                for first in reversed(skipped):  # each has its turn
+                    self.pool.put_back(first)
                 self.pool.set_active(self._wanted())
                 return
-            if message is not None:
+            if isinstance(message, Skipped):
+                self._leave_out(message)
+                skipped.append(message)
+            elif message is not None:
                 self._note_end(message)
                 if self.pool.active == self.pool.n_workers:
                     raise self._nothing_came(message.worker)
@@ -208,6 +219,7 @@ class Feeder:
         if epoch != self.pool.epoch:
             self.pool.next_epoch(epoch)
             self._ended = set(self._lost)
+            self.heard.skips.report()  # of one that was given up
         self.heard.samples = 0
         self.heard.counts.clear()
         self._take_turns(epoch)
@@ -222,6 +234,8 @@ class Feeder:
             interrupt.check(self.samples)
             if isinstance(message, Chunk):
                 self._put(queue, message)
+            elif isinstance(message, Skipped):
+                self._leave_out(message)
             elif message is not None:
                 self._note_end(message)
                 self.pool.set_active(self._wanted())
@@ -275,6 +289,11 @@ class Feeder:
             chunks.append(message)
         return chunks
 
+    def _leave_out(self, message: Skipped) -> None:
+        if not message.released:
+            self.heard.skips.note(message)
+            self.pool.release(message)
+
     def _note_end(self, message: Ended | Lost) -> None:
         """Notes who ended or was lost; raises if the run cannot go on without it."""
         self._ended.add(message.worker)
@@ -282,7 +301,7 @@ class Feeder:
             first = not self._lost
             self._lost.add(message.worker)
             error = message.as_error()
-            if self.terms.on_error == "raise" or len(self._lost) == self.pool.n_workers:
+            if self.terms.on_error != "continue" or len(self._lost) == self.pool.n_workers:
                 raise error
             if first:
                 text = f"{error}\nGoing on with the other workers."
@@ -315,8 +334,10 @@ class Feeder:
         if not self.samples and not self._lost:
             raise self._nothing_came(0)
         if not pool.factory.shards and self.terms.samples != self.samples:
-            self._warn_of_whole_passes()
-        if self.terms.samples not in (None, self.samples) and not self._lost:
+            self.heard.warn_of_whole_passes(set(range(pool.active)) - self._lost)
+        fewer = self.heard.skips.here and self.samples < (self.terms.samples or 0)
+        self.heard.skips.report()
+        if self.terms.samples not in (None, self.samples) and not (self._lost or fewer):
             raise WorkerError(
                 f"labkit: a pass delivered {self.samples} samples, expected "
                 f"{self.terms.samples} as given by samples=. Correct the number, or find out what "
@@ -324,6 +345,8 @@ class Feeder:
             )
 
     def _nothing_came(self, worker: int) -> WorkerError:
+        if self.heard.skips.here:
+            return self.heard.skips.error(", and none is left")
         error = WorkerError(
             "labkit: the iterator ended before its first batch, expected at least one. Check "
             "that the factory returns a new iterator at each call, and that its data are found."
@@ -331,26 +354,6 @@ class Feeder:
         )
         error.worker = worker
         return error
-
-    def _warn_of_whole_passes(self) -> None:
-        """Workers that do not share, and deliver as much as each other, may all deliver it all."""
-        workers = set(range(self.pool.active)) - self._lost
-        counts = {self.heard.counts[worker] for worker in workers}
-        if len(workers) < 2 or len(counts) > 1:
-            return  # those that take turns at one iterator have unequal parts of it
-        times = f"came {len(workers)} times"
-        if self.heard.all_began_alike(workers):
-            known, otherwise = f" and began with the same batch, so every sample {times}", ""
-        else:
-            known = f". If each of them read the whole data set, it {times}"
-            otherwise = " If they take turns at one iterator, tell its size, samples=."
-        warnings.warn(
-            f"labkit: {len(workers)} workers delivered {counts.pop()} samples each{known}. "
-            "Give the factory the parameters (worker, n_workers) and let it yield its share."
-            f"{otherwise}",
-            RuntimeWarning,
-            stacklevel=1,
-        )
 
 
 class _LostInterrupt:

@@ -10,6 +10,7 @@ from typing import Any
 
 from labkit.engine.messages import Chunk
 from labkit.engine.pool import Pool
+from labkit.engine.skips import Skips
 
 
 class Heard:
@@ -20,18 +21,21 @@ class Heard:
         counts: samples of each of them in this pass.
         samples: put into the queue in this pass.
         rows: of the chunk that the spec was read from; 0 where it was given.
+        skips: batches that were left out.
     """
 
-    def __init__(self, pool: Pool) -> None:
+    def __init__(self, pool: Pool, max_skipped: int | None = None) -> None:
         self.workers: set[int] = set()
         self.counts: collections.Counter[int] = collections.Counter()
         self.samples = self.rows = 0
+        self.skips = Skips(max_skipped)
         self._pool, self._epoch = pool, pool.epoch
         self._digests: dict[int, bytes] = {}  # of each worker's first chunk
         self._told = False
 
     def note(self, chunk: Chunk) -> None:
         """Warns once if two workers begin with the same batch, though nothing tells them apart."""
+        self.skips.delivered(chunk)
         new = chunk.worker not in self.workers
         self.workers.add(chunk.worker)
         self.counts[chunk.worker] += len(chunk.arrays[0])
@@ -47,14 +51,30 @@ class Heard:
             warnings.warn(
                 f"labkit: the first batches of workers {twin} and {chunk.worker} are equal to "
                 "the last bit, so the workers seem to make the same samples. Give the factory a "
-                "parameter worker, and seed with it: np.random.default_rng([seed, worker]); or "
-                "the parameters (worker, n_workers), and let it yield its share.",
+                "parameter rng and draw from that, which is another one in each worker; or the "
+                "parameters (worker, n_workers), and let it yield its share.",
                 RuntimeWarning,
                 stacklevel=1,
             )
 
-    def all_began_alike(self, workers: Set[int]) -> bool:
-        return self._digests.keys() >= workers and len(set(self._digests.values())) == 1
+    def warn_of_whole_passes(self, workers: Set[int]) -> None:
+        """Workers that do not share, and deliver as much as each other, may all deliver it all."""
+        counts = {self.counts[worker] for worker in workers}
+        if len(workers) < 2 or len(counts) > 1:
+            return  # those that take turns at one iterator have unequal parts of it
+        times = f"came {len(workers)} times"
+        if self._digests.keys() >= workers and len(set(self._digests.values())) == 1:
+            known, otherwise = f" and began with the same batch, so every sample {times}", ""
+        else:
+            known = f". If each of them read the whole data set, it {times}"
+            otherwise = " If they take turns at one iterator, tell its size, samples=."
+        warnings.warn(
+            f"labkit: {len(workers)} workers delivered {counts.pop()} samples each{known}. "
+            "Give the factory the parameters (worker, n_workers) and let it yield its share."
+            f"{otherwise}",
+            RuntimeWarning,
+            stacklevel=1,
+        )
 
 
 def steps_asked_for() -> tuple[int, int] | None:

@@ -49,8 +49,8 @@ class Ended:
 
 
 @dataclass
-class Lost:
-    """A worker raised, died or stalled; `summary` is one line, `text` its traceback if any."""
+class Failed:
+    """What went wrong in a worker; `summary` is one line, `text` its traceback if any."""
 
     worker: int
     summary: str
@@ -66,4 +66,18 @@ class Lost:
         return error
 
 
-Message = Chunk | Ended | Lost
+@dataclass
+class Lost(Failed):
+    """A worker raised, died or stalled, and delivers nothing any more."""
+
+
+@dataclass
+class Skipped(Failed):
+    """One batch, left out: the worker goes on once it is told so by `pool.release(skipped)`."""
+
+    epoch: int = 0
+    slots: tuple[int, ...] = ()  # as a chunk has
+    released: bool = False
+
+
+Message = Chunk | Ended | Lost | Skipped

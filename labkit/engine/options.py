@@ -1,7 +1,8 @@
 """A QueueRunner's arguments: checked, and made into a run."""
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+import secrets
+from collections.abc import Callable, Iterable, Sized
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import psutil
@@ -46,13 +47,19 @@ class Options:
     reuses_buffers: bool
     order: str
     shuffle: bool
+    max_skipped: int | None
+    entropy: int = field(init=False)  # of the workers' random numbers
 
     def __post_init__(self) -> None:
         def check(name: str, fits: bool, what: str) -> None:
             expect(fits, f"QueueRunner: {name} must be {what}", getattr(self, name))
 
         check("workers", self.workers in KINDS, " or ".join(map(repr, KINDS)))
-        check("on_error", self.on_error in ("raise", "continue"), "'raise' or 'continue'")
+        ways = ("raise", "continue", "skip")
+        check("on_error", self.on_error in ways, "'raise', 'continue' or 'skip'")
+        most = self.max_skipped
+        fits = most is None or (self.on_error == "skip" and is_integer(most, 0))
+        check("max_skipped", fits, "None, or an integer >= 0 and on_error='skip'")
         several = self.n_workers == "auto" or is_integer(self.n_workers, 1)
         check("n_workers", several, "'auto' or >= 1")
         check("batch_size", is_integer(self.batch_size, 1), "an integer >= 1")
@@ -76,6 +83,9 @@ class Options:
         in_time = timeout is None or (isinstance(timeout, (int, float)) and timeout > 0)
         check("timeout", in_time, "None or seconds > 0")
         IteratorFactory(self.iterator, 1)
+        drawn = self.seed is None and self.order == "any"
+        entropy = secrets.randbits(64) if drawn else (self.seed or 0) % 2**64
+        object.__setattr__(self, "entropy", entropy)
         if self.spec is not None:
             object.__setattr__(self, "spec", Spec.given(self.spec))
 
@@ -100,7 +110,7 @@ class Options:
         limit = self.max_workers or kind.limit()
         auto = n_workers == "auto"
         job = Job(
-            IteratorFactory(self.iterator, limit if auto else int(n_workers)),
+            IteratorFactory(self.iterator, limit if auto else int(n_workers), self.entropy),
             spec or self.spec,
             self.timeout,
             self.capacity + 2 * self.batch_size,
@@ -108,6 +118,7 @@ class Options:
             # Batches lie in the queue as they are delivered, unless they are mixed on the way.
             not (self._queue_mixes or self._mixed),
             epoch,
+            skip=self.on_error == "skip",
         )
         terms = Terms(
             self.on_error,
@@ -119,8 +130,20 @@ class Options:
             self.order == "fixed",
             self._mixed,
             (self.seed or 0) % 2**63,
+            self.max_skipped,
         )
         return Feeder(kind.pool(job), terms)
+
+    def batches(self, rows: int) -> int | None:
+        """How many a pass has, where that is known and nothing may be left out; `rows`: of the
+        first chunk, 0 while that is not known."""
+        if self.on_error != "raise":
+            return None
+        if self.samples is not None:
+            return -(-self.samples // self.batch_size)
+        if isinstance(self.iterator, Sized) and rows and not self.batch_size % rows:
+            return -(-len(self.iterator) * rows // self.batch_size)
+        return None
 
     def check_memory(self, spec: Spec) -> None:
         need, free = self.capacity * spec.bytes_per_sample, psutil.virtual_memory().available

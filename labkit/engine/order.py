@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from labkit.engine.batches import joined
-from labkit.engine.messages import Chunk, Lost, Message
+from labkit.engine.messages import Chunk, Lost, Message, Skipped
 from labkit.engine.pool import Pool
 
 
@@ -55,7 +55,7 @@ class Turns:
         """Ahead of another pass: batches go back unseen, losses stay to be heard."""
         for early in self._early:
             for message in early:
-                if isinstance(message, Chunk):
+                if isinstance(message, Chunk | Skipped):
                     self._pool.release(message)
                 elif isinstance(message, Lost):
                     self._pool.put_back(message)

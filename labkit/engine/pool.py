@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 
 from labkit.engine import interrupts
 from labkit.engine.batches import Spec
-from labkit.engine.messages import Chunk, Lost, Message
+from labkit.engine.messages import Chunk, Lost, Message, Skipped
 from labkit.engine.produce import IteratorFactory
 
 _LOOK = 0.1  # seconds between two looks for a worker that is late
@@ -28,6 +28,7 @@ class _State:
     since: float = field(default_factory=time.monotonic)  # it was last heard of, or refilled
     taken: int = 0  # its chunks that are not released yet
     held: list[tuple[int, ...]] = field(default_factory=list)  # kept from it while it pauses
+    unheard: int = 0  # its batches that were left out, and are not released yet
     ended: bool = False
     lost: bool = False
 
@@ -45,6 +46,7 @@ class Job:
         keeps: whoever takes the chunks keeps their arrays, so they are nobody else's.
         epoch: the number of the first pass.
         stages: the iterators' stages are to be timed; a kind that cannot do that leaves them away.
+        skip: a batch that fails is to be left out; of a kind that cannot do that, it is a loss.
     """
 
     factory: IteratorFactory
@@ -55,6 +57,7 @@ class Job:
     keeps: bool = False
     epoch: int = 0
     stages: bool = False
+    skip: bool = False
 
 
 class Pool(ABC):
@@ -107,7 +110,7 @@ class Pool(ABC):
             message = self._inbox.popleft()
             if isinstance(message, Lost) or message.epoch == self.epoch:
                 return message
-            if isinstance(message, Chunk):
+            if isinstance(message, Chunk | Skipped):
                 self.release(message)
         return None
 
@@ -115,10 +118,16 @@ class Pool(ABC):
         """Makes `message` the next one that `get` returns."""
         self._inbox.appendleft(message)
 
-    def release(self, chunk: Chunk) -> None:
+    def release(self, chunk: Chunk | Skipped) -> None:
         """Gives a chunk's slots back to its worker, once its arrays are not needed any more."""
         state = self._states[chunk.worker]
-        state.taken -= 1
+        if isinstance(chunk, Chunk):
+            state.taken -= 1
+        elif chunk.released:
+            return
+        else:
+            chunk.released = True
+            state.unheard -= 1
         state.since = time.monotonic()
         self._give_back(chunk)
 
@@ -150,7 +159,7 @@ class Pool(ABC):
 
     # ---------------------------------------------------------------- its own
 
-    def _give_back(self, chunk: Chunk) -> None:
+    def _give_back(self, chunk: Chunk | Skipped) -> None:
         if chunk.worker < self.active:
             self._refill(chunk.worker, chunk.slots)
         else:
@@ -164,6 +173,8 @@ class Pool(ABC):
         state.since = time.monotonic()
         if isinstance(message, Chunk):
             state.taken += 1
+        elif isinstance(message, Skipped):
+            state.unheard += 1
         elif isinstance(message, Lost):
             state.ended = state.lost = True
         elif message.epoch == self.epoch:
@@ -176,7 +187,8 @@ class Pool(ABC):
             return None
         self._look_again = now + _LOOK
         for worker, state in enumerate(self._states[: self.active]):
-            idle = state.ended or state.lost or state.taken >= self._room(worker)
+            idle = state.ended or state.lost or state.unheard
+            idle = idle or state.taken >= self._room(worker)
             if not idle and now - state.since > timeout:
                 state.ended = state.lost = True
                 return Lost(

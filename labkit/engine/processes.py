@@ -15,7 +15,7 @@ from typing import Any
 
 from labkit.engine import wire
 from labkit.engine.batches import Spec, aligned_copy
-from labkit.engine.messages import Chunk, Ended, Lost, Message
+from labkit.engine.messages import Chunk, Ended, Lost, Message, Skipped
 from labkit.engine.pickling import load_error, pickle_factory
 from labkit.engine.pool import Job, Pool
 from labkit.engine.ring import Layout, Ring, reserve_shared, ring_of, shared_memory
@@ -54,7 +54,8 @@ class ProcessPool(Pool):
     def _start(self, worker: int) -> None:
         # A quarter more, since a shuffling queue does not hold the same number of each worker's.
         kept = -(-5 * self.job.kept // (4 * self.n_workers))
-        orders = (self._code, self._sizes, self.spec, worker, self.epoch, self.job.stages)
+        job = self.job
+        orders = (self._code, self._sizes, self.spec, worker, self.epoch, job.stages, job.skip)
         process = _Process(worker, orders, self._buffers, kept)
         self._workers.append(process)
         self._selector.register(process.connection, selectors.EVENT_READ, process)
@@ -210,6 +211,9 @@ class _Process:
         if kind == "failed":
             summary, text, error = content
             return Lost(self.index, summary, readable(text), load_error(error, summary))
+        if kind == "skipped":
+            summary, text, error, epoch = content
+            return Skipped(self.index, summary, readable(text), load_error(error, summary), epoch)
         return Ended(self.index, content)
 
     def _lay_out(self, spec: Spec, rows: int) -> None:

@@ -5,10 +5,14 @@
 Nobody listens but diagnose: it has each worker that it runs alone call `listen`.
 """
 
+import functools
 import threading
 import time
-from typing import Any
+from collections.abc import Callable
+from inspect import isasyncgenfunction, iscoroutinefunction, isgeneratorfunction
+from typing import Any, TypeVar, cast
 
+F = TypeVar("F", bound=Callable[..., Any])
 Times = dict[str, tuple[float, int]]  # of one batch: seconds, and how many times, by name
 
 
@@ -30,6 +34,8 @@ class stage:  # noqa: N801, since it is written as a function is
         with labkit.stage("decode"):
             images = decode(files)
 
+    or, above a function of yours that is such a part, `@labkit.stage("decode")`.
+
     A second in a stage within a stage counts once, for the inner one. A part that raises counts as
     well, and the exception passes. Not timed: what runs in threads that the iterator started, and
     a stage that is left open while a batch is yielded, which would time whoever takes the batch.
@@ -38,7 +44,8 @@ class stage:  # noqa: N801, since it is written as a function is
         name: a text that is not empty. Parts of one name are added up.
 
     Raises:
-        TypeError, ValueError: the name is none.
+        TypeError, ValueError: the name is none, or what stands below `@` is no function, or one
+            whose call only makes a generator or coroutine, without running it.
     """
 
     __slots__ = ("_name",)
@@ -49,6 +56,25 @@ class stage:  # noqa: N801, since it is written as a function is
         if not name:
             raise ValueError("labkit.stage: name must not be empty, such as 'decode', got ''.")
         self._name = name
+
+    def __call__(self, function: F) -> F:
+        runs_later = any(
+            kind(function)
+            for kind in (isgeneratorfunction, iscoroutinefunction, isasyncgenfunction)
+        )
+        if runs_later or not callable(function):
+            raise TypeError(
+                f"labkit.stage: @stage({self._name!r}) must stand above a function that makes its "
+                f"part and returns it, got {function!r}. Inside of your iterator, write "
+                f"with labkit.stage({self._name!r}): around the part."
+            )
+
+        @functools.wraps(function)
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            with self:
+                return function(*args, **kwargs)
+
+        return cast(F, timed)
 
     def __enter__(self) -> None:
         if _here.times is not None:

@@ -6,9 +6,9 @@ import threading
 import time
 import traceback
 
-from labkit.engine.messages import Chunk, Ended, Lost, Message
+from labkit.engine.messages import Chunk, Ended, Lost, Message, Skipped
 from labkit.engine.pool import Job, Pool
-from labkit.engine.produce import produce
+from labkit.engine.produce import LeftOut, Made, produce
 from labkit.engine.stage import listen
 from labkit.engine.tracebacks import describe, own_frames_left_out, readable
 
@@ -71,13 +71,13 @@ class ThreadPool(Pool):
             listen()
         try:
             while (epoch := seat.epoch) is not None:
-                for made in produce(self.factory, worker, epoch, self.spec, self.job.copies):
-                    self.spec = self.spec or made.spec
+                job = self.job
+                for made in produce(self.factory, worker, epoch, self.spec, job.copies, job.skip):
+                    if not isinstance(made, LeftOut):
+                        self.spec = self.spec or made.spec
                     if not seat.take_slot(epoch):
                         break
-                    self._messages.put(
-                        Chunk(worker, made.arrays, made.seconds, epoch, stages=made.stages)
-                    )
+                    self._messages.put(_message(worker, epoch, made))
                 else:
                     self._messages.put(Ended(worker, epoch))
                     seat.await_pass_after(epoch)
@@ -127,3 +127,10 @@ class ThreadPool(Pool):
             thread.join(max(0.0, deadline - time.monotonic()))
         left = [i for i, thread in enumerate(self._threads) if thread.is_alive()]
         return [f"worker {i} is still in your iterator:\n{self._doing(i)}" for i in left]
+
+
+def _message(worker: int, epoch: int, made: Made | LeftOut) -> Message:
+    if isinstance(made, LeftOut):
+        summary, text = describe(made.error)
+        return Skipped(worker, summary, readable(text), made.error, epoch)
+    return Chunk(worker, made.arrays, made.seconds, epoch, stages=made.stages)

@@ -4,11 +4,13 @@ worker ─► parent    ("first", (spec, rows))     its first batch, before the 
                     C epoch rows seconds last slots  a chunk that lies in these slots of the
                                                 ring; then what its stages took, if wanted
                     ("chunk", (arrays, ...))    a chunk of text, which no ring can hold
+                    ("skipped", (...))          a batch that is left out
                     ("ended", epoch)            its pass is over
                     ("failed", (...))           its iterator raised
 parent ─► worker    (code, sizes, spec, ...)    what to run
                     layout | None               the ring, in answer to "first"
-                    F slots                     to be filled again
+                    F slots                     to be filled again; none: "chunk" or "skipped" is
+                                                released, and another one may come
                     E epoch                     begin this pass
 hang-up             the parent is gone: the worker ends; the worker is gone: it died
 """

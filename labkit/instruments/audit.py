@@ -1,33 +1,30 @@
-"""Does every sample come once an epoch? Watched at the queue's end, where training takes them.
+"""Does every sample come once an epoch? Watched at the queue's end, where training takes them."""
 
-A worker process imports this file with the factory: no TensorFlow here.
-"""
-
-import time
 import warnings
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import numpy as np
 
 from labkit.checks import expect, is_integer
 from labkit.engine import KINDS
-from labkit.engine.batches import Spec
 from labkit.engine.produce import IteratorFactory
 from labkit.instruments.keep import paragraphs
+from labkit.instruments.reading import Seen, Tag, repeated, watch
 from labkit.sources import as_factory
 
-_MOST_SAMPLES = 5_000_000
-_TIMEOUT = 60.0  # seconds for a batch
-_SILENCE = _TIMEOUT + 1.0  # a worker that is silent for longer has not failed, but ended
 _SHARE_IT = (
     "Give the factory the parameters (worker, n_workers) and let each worker yield its own part, "
     "such as range(worker, size, n_workers)."
 )
+_DRAW_APART = (
+    "If they draw at random, give the factory a parameter `rng` and draw from that: it is a "
+    "numpy.random.Generator of each worker's own."
+)
 
 Iterators = Callable[..., Iterable[Any]]
-Tag = Callable[[Any], Any]
 
 
 @dataclass
@@ -47,6 +44,11 @@ class Audit:
         verdict: what that means, in words, with the cure.
         told_by: what samples were told apart by: "content" or "tag".
         endless: whether the iterator was taken for endless, see `audit`.
+        batches: that were delivered, as workers yielded them; None where they are not compared:
+            all samples are alike, or it is a method of `MnistDataGenerator`, whose work is left
+            away here.
+        same_batches: of these, those that another worker yielded as well in the same epoch, equal
+            to the last bit; or None.
     """
 
     expected: int | None
@@ -57,6 +59,8 @@ class Audit:
     verdict: str = ""
     told_by: Literal["content", "tag"] = "content"
     endless: bool = False
+    batches: int | None = None
+    same_batches: int | None = None
 
     def __str__(self) -> str:
         of = "" if self.expected is None else f" of {self.expected:,} expected"
@@ -80,7 +84,8 @@ def audit(
     tag: Tag | None = None,
     n_workers: int = 4,
 ) -> Audit:
-    """Counts which samples of an epoch come twice and which not at all, through a `QueueRunner`.
+    """Counts which samples of an epoch come twice and which not at all, through a `QueueRunner`,
+    and which batches two workers made alike.
 
     A finite iterator is read to its end, and each of its passes is an epoch. It is taken for
     endless if no end has come within `n_workers * samples` samples and one batch more, since that
@@ -128,10 +133,14 @@ def audit(
     expect(tag is None or callable(tag), "audit: tag must be None or callable as tag(batch)", tag)
     iterator = as_factory(iterator, batch_size)
     given = IteratorFactory(iterator, n_workers)
+    whole = iterator
     if tag is None:
         iterator, tag, samples = _tagged_mnist(iterator, samples)
-    seen = _watch(IteratorFactory(iterator, n_workers), epochs, workers, samples, batch_size, tag)
-    return _judge(seen, samples, given, batch_size, tag is not None)
+    seen = watch(IteratorFactory(iterator, n_workers), epochs, workers, samples, batch_size, tag)
+    found = _judge(seen, samples, given, batch_size, tag is not None)
+    if iterator is whole:
+        _compare_batches(found, seen)
+    return found
 
 
 def _tagged_mnist(
@@ -159,139 +168,10 @@ def _tagged_mnist(
     return getattr(copy, name), tag, samples
 
 
-class _Placed(Iterator[Any]):
-    """Yields `{"batch": the batch, "place": int64 [rows, 3]}`: of each sample its worker, its
-    number in that worker, and that of its batch, from 0."""
-
-    def __init__(self, batches: Iterator[Any], worker: int) -> None:
-        self.batches, self.worker, self.rows, self.turn = batches, worker, 0, 0
-
-    @property
-    def gi_frame(self) -> Any:
-        """The user's, so that an error shows the line that yielded a misfit batch."""
-        return getattr(self.batches, "gi_frame", None)
-
-    def __next__(self) -> Any:
-        batch = leaf = next(self.batches)
-        while isinstance(leaf, (dict, tuple)) and leaf:
-            leaf = next(iter(leaf.values())) if isinstance(leaf, dict) else leaf[0]
-        # A leaf that has no rows is the spec's to refuse, in its own words.
-        rows = (np.shape(leaf) or (1,))[0]
-        place = np.full((rows, 3), (self.worker, self.rows, self.turn), np.int64)
-        place[:, 1] += np.arange(rows)
-        self.rows, self.turn = self.rows + rows, self.turn + 1
-        return {"batch": batch, "place": place}
-
-
-class _Seen(NamedTuple):
-    """Passes as they were read, batch by batch, and the epochs that they make. All are int64 with
-    a row for each sample: its tag and its place."""
-
-    passes: list[list[np.ndarray]]
-    epochs: list[np.ndarray]
-    endless: bool = False
-
-
-def _watch(
-    made: IteratorFactory,
-    epochs: int,
-    workers: str,
-    samples: int | None,
-    batch_size: int,
-    tag: Tag | None,
-) -> _Seen:
-    from labkit.queue_runner import QueueRunner
-
-    def placed(worker: int, n_workers: int, epoch: int) -> _Placed:
-        return _Placed(made(worker, epoch), worker)
-
-    placed.__dict__["_labkit_wraps"] = made.factory
-    n = made.n_workers
-    most = _MOST_SAMPLES if samples is None else n * samples + batch_size
-    share = ((samples or 0) - 1 - np.arange(n)) // n + 1  # as of range(samples)[worker::n]
-    options: dict[str, Any] = {"workers": workers, "capacity": 1000 + max(1000, batch_size)}
-    with QueueRunner(placed, batch_size, n, **options, timeout=_TIMEOUT) as runner:
-        dataset = runner.dataset()
-        first, ended = _read(iter(dataset), tag, most, epochs * share)
-        if not ended and samples is None:
-            raise ValueError("audit: the iterator has no end; give samples=, the epoch's size.")
-        if not ended:
-            return _Seen([first], _epochs_of_streams(np.concatenate(first), epochs, share), True)
-        # Longer than `most` if the first pass was.
-        most = max(most, 2 * sum(map(len, first)))
-        passes = [first, *(_read(iter(dataset), tag, most, 0 * share)[0] for _ in range(1, epochs))]
-        return _Seen(passes, list(map(np.concatenate, passes)))
-
-
-def _epochs_of_streams(rows: np.ndarray, epochs: int, share: np.ndarray) -> list[np.ndarray]:
-    _, worker, number, turn = rows.T
-    of = np.where(share[worker] > 0, number // np.maximum(share[worker], 1), epochs)
-    by_share = [rows[of == epoch] for epoch in range(epochs)]
-    samples = int(share.sum())
-    # Whole batches may be what is shared out.
-    dealt = rows[np.lexsort((number, worker, turn))]
-    by_turn = [dealt[samples * epoch :][:samples] for epoch in range(epochs)]
-    better = any(map(_repeated, by_share)) and not any(map(_repeated, by_turn))
-    return by_turn if better and len(dealt) >= samples * epochs else by_share
-
-
-def _repeated(rows: np.ndarray) -> int:
-    return len(rows) - len(np.unique(rows[:, 0]))
-
-
-def _read(
-    batches: Iterator[Any], tag: Tag | None, most: int, due: np.ndarray
-) -> tuple[list[np.ndarray], bool]:
-    """Reads to the end, or to `most` samples and the first `due[worker]` of each worker's stream.
-
-    Returns the rows of each batch as `_Seen` has them, and whether the end came.
-    """
-    read: list[np.ndarray] = []
-    count, heard = 0, time.monotonic()
-    came, furthest = np.zeros_like(due), np.zeros_like(due)
-    while count < most or bool(np.any(came < due)):
-        if (item := next(batches, None)) is None:
-            return read, True
-        place = np.asarray(item["place"])
-        tags = _content(item["batch"]) if tag is None else _tags(tag, item["batch"], len(place))
-        read.append(np.column_stack([tags, place]))
-        count += len(tags)
-        worker, number, _ = place.T
-        wanted = number < due[worker]
-        if wanted.any():
-            heard = time.monotonic()
-            came += np.bincount(worker[wanted], minlength=len(due))
-        np.maximum.at(furthest, worker, number + 1)
-        if count >= most and time.monotonic() - heard > _SILENCE:
-            # A worker whose iterator has ended, while others go on, owes no more.
-            due = np.minimum(due, furthest)
-    return read, False
-
-
-def _tags(tag: Tag, batch: Any, rows: int) -> np.ndarray:
-    tags = np.asarray(tag(batch))
-    whole = tags.dtype.kind in "iub" or (tags.dtype.kind == "f" and bool(np.all(tags % 1 == 0)))
-    if tags.size != rows or not whole:
-        raise ValueError(
-            f"audit: tag must return an integer for each of the batch's {rows} samples, got "
-            f"{tags.dtype} of shape {tags.shape}."
-        )
-    return tags.ravel().astype(np.int64)
-
-
-def _content(batch: Any) -> np.ndarray:
-    # The bytes of an array of objects are addresses, not the content of its texts.
-    columns = [
-        list(map(repr, part.tolist())) if part.dtype == object else [row.tobytes() for row in part]
-        for part in Spec.of(batch).flatten(batch)
-    ]
-    return np.array([hash(row) for row in zip(*columns, strict=True)], np.int64)
-
-
 def _judge(
-    seen: _Seen, samples: int | None, given: IteratorFactory, batch_size: int, tagged: bool
+    seen: Seen, samples: int | None, given: IteratorFactory, batch_size: int, tagged: bool
 ) -> Audit:
-    counts, repeats = list(map(len, seen.epochs)), list(map(_repeated, seen.epochs))
+    counts, repeats = list(map(len, seen.epochs)), list(map(repeated, seen.epochs))
     different = [count - more for count, more in zip(counts, repeats, strict=True)]
     found = Audit(None, sum(counts), sum(repeats), None, None, endless=seen.endless)
     found.told_by = "tag" if tagged else "content"
@@ -316,7 +196,7 @@ def _judge(
 
 
 def _verdict(
-    found: Audit, seen: _Seen, samples: int | None, n_workers: int, unshared: bool, different: int
+    found: Audit, seen: Seen, samples: int | None, n_workers: int, unshared: bool, different: int
 ) -> Iterator[str]:
     """The sentences of the verdict: how many came, whether workers agree, repeats, and doubts."""
     agree = _agreement(seen)
@@ -326,8 +206,7 @@ def _verdict(
     if agree > 0.9:
         yield (
             f"The workers produce the same samples: their streams agree in {agree:.0%} of the "
-            "places compared. If they draw at random, give the factory a parameter `worker` and "
-            "seed with np.random.default_rng([seed, worker])."
+            f"places compared. {_DRAW_APART}"
         )
         if not wrong_count:
             yield f"If they read one data set: {_SHARE_IT}"
@@ -385,11 +264,11 @@ def _about_the_count(found: Audit, samples: int | None, unshared: bool) -> str:
     return f"{more_than} the data set has{cure}"
 
 
-def _agreement(seen: _Seen) -> float:
+def _agreement(seen: Seen) -> float:
     """Of the places in their streams at which two workers were seen, where their samples agree."""
     compared = agree = 0
     # All that was read of an endless iterator: its epochs have each place of a stream but once.
-    for tags, _, number, _ in (np.concatenate(read).T for read in seen.passes):
+    for tags, _, number, _ in (np.concatenate(read).T[:4] for read in seen.passes):
         if len(np.unique(tags)) < 2:  # all samples are alike: the workers are not to blame
             return 0.0
         _, first, which = np.unique(number, return_index=True, return_inverse=True)
@@ -398,3 +277,37 @@ def _agreement(seen: _Seen) -> float:
         compared += int(again.sum())
         agree += int((tags == tags[first][which])[again].sum())
     return agree / compared if compared else 0.0
+
+
+def _compare_batches(found: Audit, seen: Seen) -> None:
+    """Counts the batches that several workers made alike, and says so."""
+    batches = same = 0
+    example: list[tuple[int, int]] = []
+    for rows in seen.epochs:
+        _, worker, number, turn, content = rows.T
+        if len(np.unique(content)) < 2:
+            return
+        order = np.lexsort((number, turn, worker))
+        batch = np.stack([worker, turn])[:, order]
+        begins = np.flatnonzero(np.any(np.diff(batch, prepend=-1) != 0, axis=0))
+        makers: dict[bytes, dict[int, int]] = defaultdict(dict)
+        counts: Counter[bytes] = Counter()
+        for (who, which), part in zip(
+            batch[:, begins].T.tolist(), np.split(content[order], begins[1:]), strict=True
+        ):
+            makers[part.tobytes()].setdefault(who, which)
+            counts[part.tobytes()] += 1
+        batches += len(begins)
+        shared = [part for part, of in makers.items() if len(of) > 1]
+        same += sum(counts[part] for part in shared)
+        example = example or [pair for part in shared[:1] for pair in makers[part].items()]
+    found.batches, found.same_batches = batches, same
+    if not example:
+        return
+    (one, at), (other, also_at) = example[:2]
+    cure = "" if _DRAW_APART in found.verdict else f" {_DRAW_APART}"
+    found.verdict += (
+        f" {same:,} of {batches:,} batches are equal, to the last bit, to one "
+        f"that another worker made in the same epoch, such as number {at} of worker {one} and "
+        f"number {also_at} of worker {other}, counted from 0.{cure}"
+    )

@@ -7,6 +7,11 @@ from typing import Any
 from labkit.instruments.live import of_fit, of_loop
 from labkit.instruments.waiting import NEXT_STEP, Counted, Waiting, total, verdict
 
+_NOTHING = (
+    "no batch came, expected at least one; an iterator that is at its end has nothing for another "
+    "loop, so pass what begins anew each time"
+)
+
 
 def watch(iterable: Iterable[Any] | None = None, live: bool = False) -> Any:
     """Tells how much of a training is waiting for data, while it runs.
@@ -60,6 +65,7 @@ class LoopWatch:
             )
         self._iterable, self._live = iterable, live
         self.epochs: list[Waiting] = []
+        self._came = False
 
     def __len__(self) -> int:
         return len(self._iterable)  # type: ignore[arg-type]
@@ -69,7 +75,7 @@ class LoopWatch:
         self.epochs.append(waiting)
         iterator = iter(self._iterable)
         live = of_loop() if self._live else None
-        first, ended = len(self.epochs) == 1, time.perf_counter()
+        first, nothing, ended = not self._came, True, time.perf_counter()
         try:
             while True:
                 asked = time.perf_counter()
@@ -78,6 +84,7 @@ class LoopWatch:
                 except StopIteration:
                     return
                 waited = time.perf_counter() - asked
+                self._came, nothing = True, False
                 yield batch
                 began, ended = ended, time.perf_counter()
                 if not first:
@@ -86,8 +93,11 @@ class LoopWatch:
         finally:
             if live is not None:
                 live.end()
-            print(f"labkit.watch: {waiting}\nlabkit.watch: {self.verdict()}", flush=True)
+            line = _NOTHING if nothing else waiting
+            print(f"labkit.watch: {line}\nlabkit.watch: {self.verdict()}", flush=True)
 
     def verdict(self) -> str:
         """What the waiting of all passes so far means, in a sentence."""
+        if not self._came:
+            return "no verdict: no batch was seen"
         return verdict(total(self.epochs).share, NEXT_STEP)
