@@ -225,7 +225,7 @@ TRIES: dict[str, list[Callable[[], None]]] = {
 
 
 def main(wanted: list[str]) -> int:
-    """Runs the tries whose names hold one of `wanted`, or all; returns how many failed, at most 1."""
+    """Runs the tries whose names hold one of `wanted`, or all; returns 1 if one failed."""
     failed = 0
     for peer, tries in TRIES.items():
         for one in tries:
