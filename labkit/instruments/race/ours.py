@@ -60,10 +60,10 @@ def fixed(row: Any, n: int, lap: Any) -> None:
 
 @contestant("labkit auto", own_number=True)
 def auto(row: Any, n: int, lap: Any) -> None:
-    """n_workers="auto", threads; samples are mixed where the row says so"""
+    """n_workers="auto", workers="auto"; samples are mixed where the row says so"""
     import labkit
 
-    with labkit.QueueRunner(row.factory, row.batch_size, "auto", **row.queue) as runner:
+    with labkit.QueueRunner(row.factory, row.batch_size, "auto", "auto", **row.queue) as runner:
         for batch in runner.dataset():
             lap.step(*batch)
 
