@@ -205,6 +205,14 @@ def test_batches_taken_ahead_are_trained_on_in_their_order(together, steps):
     assert kept.epochs[0].calls == LONG - 1 - HELD + (steps is None)  # some were held
 
 
+def test_an_epoch_as_long_as_what_is_taken_ahead_has_a_share():
+    kept = labkit.watch()
+    new_model().fit(
+        counted(HELD * 2).repeat(), epochs=2, steps_per_epoch=HELD, verbose=0, callbacks=[kept]
+    )
+    assert [0 <= epoch.share <= 1 for epoch in kept.epochs] == [True, True]
+
+
 def test_what_fails_while_batches_are_taken_ahead_fails_at_its_own_step():
     model, kept = new_model(), labkit.watch()
     with pytest.raises(tf.errors.InvalidArgumentError, match="the generator's own"):
