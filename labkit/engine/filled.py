@@ -21,7 +21,13 @@ class FilledQueue:
     """A queue, as the feeder sees it: `_put`, `_count`, `_close_it` and `_drain_some` are its own.
 
     `_closed` are the errors of one that was closed meanwhile.
+
+    Attributes:
+        again: how often the first batch comes once more, in place of batches that were used before
+            the pass went on.
     """
+
+    again = 0
 
     _cancelled = False
     _cutter: Cutter | None = None
@@ -40,8 +46,10 @@ class FilledQueue:
         return self._enqueue_as_is(arrays)
 
     def _enqueue_as_is(self, arrays: list[Any]) -> bool:
+        again, self.again = self.again, 0
         try:
-            self._put(arrays)
+            for _ in range(1 + again):
+                self._put(arrays)
         except self._closed:
             if not self._cancelled:
                 raise

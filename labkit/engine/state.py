@@ -24,20 +24,25 @@ class Place:
     Attributes:
         newest: the number of the newest pass; -1 before the first.
         resumed: where a pass goes on, or None.
+        whole: that pass has its whole length: what was used comes as copies of its next batch.
         lengths: of the passes whose end was seen, in batches.
         queue: of the newest pass.
     """
 
-    def __init__(self, resumed: Resumed | None = None) -> None:
-        self.resumed = resumed
+    def __init__(self, resumed: Resumed | None = None, whole: bool = False) -> None:
+        self.resumed, self.whole = resumed, whole
         self.newest = -1 if resumed is None else resumed.epoch - 1
         self.lengths: dict[int, int] = {}
         self.queue: Any = None
         self._taken = 0
 
     def begin(self, queue: Any) -> None:
-        """Another pass begins."""
+        """Another pass begins, which ends the one before."""
+        if self.queue is not None and not self.queue.mixes:
+            self.lengths.setdefault(self.newest, self.taken())
         self.newest, self.queue, self._taken = self.newest + 1, queue, 0
+        if self.whole:
+            queue.again = self._used(self.newest)
 
     @property
     def goes_on(self) -> bool:
@@ -45,7 +50,10 @@ class Place:
         return self.before(self.newest + 1) > 0
 
     def before(self, epoch: int) -> int:
-        """Batches of a pass that were used before it went on."""
+        """Batches of a pass that were used before it went on, and do not come any more."""
+        return 0 if self.whole else self._used(epoch)
+
+    def _used(self, epoch: int) -> int:
         resumed = self.resumed
         return resumed.batches if resumed is not None and resumed.epoch == epoch else 0
 
@@ -70,15 +78,15 @@ class Place:
         """The number of the pass that the next batch is of, and how many of it were taken."""
         before_first = self.resumed is not None and self.newest < self.resumed.epoch
         if self.newest < 0 or before_first or self.newest in self.lengths:
-            return self.newest + 1, self.before(self.newest + 1)
+            return self.newest + 1, self._used(self.newest + 1)
         return self.newest, self.taken()
 
-    def after(self, first: int, used: int) -> tuple[int, int]:
-        """The same `used` batches after the beginning, here, of the pass `first`."""
-        epoch, used = first, used + self.before(first)
-        while used >= self.lengths.get(epoch, used + 1) and epoch < self.newest:
-            used -= self.lengths[epoch]
-            epoch += 1
+    def after(self, first: int, used: int, length: int | None) -> tuple[int, int]:
+        """The same `used` batches after the beginning, here, of the pass `first`; `length`: of all
+        passes, if known."""
+        epoch, used = first, used + self._used(first)
+        while used >= (its := self.lengths.get(epoch, length or used + 1)):
+            epoch, used = epoch + 1, used - its
         return epoch, used
 
 
@@ -133,10 +141,13 @@ class Resumable:
         Raises:
             ValueError: it is no such state, or of a runner with other arguments; it says which.
         """
+        self._load(state)
+
+    def _load(self, state: dict[str, Any], whole: bool = False) -> None:
         resumed = _read(state, self._options, self.n_workers)
         self.stop()
         with self._lock:
-            self._feeder, self._place = None, Place(resumed)
+            self._feeder, self._place = None, Place(resumed, whole)
 
     def _state_at(self, epoch: int, batches: int) -> dict[str, Any]:
         options, place = self._options, self._place
@@ -147,11 +158,13 @@ class Resumable:
             )
         records = () if self._feeder is None else self._feeder.heard.records
         record = next((record for record in records if record.epoch == epoch), None)
-        if record is None and place.resumed is not None and place.before(epoch) == batches > 0:
-            return dict(place.resumed.state)
+        resumed = place.resumed
+        if record is None and resumed and (resumed.epoch, resumed.batches) == (epoch, batches):
+            return dict(resumed.state)
         samples, mixed = 0, Mixed.none(self.n_workers)
         if record is not None and batches:
             samples = min(batches * options.batch_size, record.samples)
+            batches = -(-samples // options.batch_size)
             mixed = record.up_to(samples)
         return {
             "format": _FORMAT,
@@ -191,8 +204,8 @@ def _read(state: Any, options: Options, n_workers: Any) -> Resumed:
     ]
     if wrong:
         raise ValueError(
-            f"{who}: the state is of a runner with other arguments: {'; '.join(wrong)}. Expected "
-            "the same, or the batches would be others."
+            f"{who}: the state is of a runner with other arguments, so its batches are others: "
+            f"{'; '.join(wrong)}."
         )
     try:
         mixed = Mixed.of_list(state["mixed"])
