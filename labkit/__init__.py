@@ -48,7 +48,17 @@ _MOVED = {
     "diagnosis": ("instruments.diagnosis", "instruments.audit", "instruments.laws"),
     "auditing": ("instruments.audit",),
 }
-_SUBMODULES = {"data", "workloads", "sources", "queue_runner", "model", "train", "machine", *_MOVED}
+_SUBMODULES = {
+    "data",
+    "keras",
+    "workloads",
+    "sources",
+    "queue_runner",
+    "model",
+    "train",
+    "machine",
+    *_MOVED,
+}
 
 __all__ = sorted([*_HOME, "train"])
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from labkit import WorkerError, __version__
+from labkit.checkpoint import CheckpointError
 from labkit.data import MnistDataGenerator
 from labkit.engine import KINDS
 from labkit.train import PIPELINES, History, check_settings, train
@@ -87,6 +88,9 @@ def _parser() -> Parser:
     add("--seed", metavar="INTEGER", type=int, help="of weights, order and shuffling")
 
     add = group("what is kept")
+    saved = "save after each epoch, and on Ctrl-C; the same line goes on from there, in fixed order"
+    add("--checkpoint", metavar="DIR", help=saved)
+    add("--save_every", metavar="STEPS", type=int, help="save within an epoch, too")
     add("--log_dir", metavar="DIR", help="write TensorBoard summaries to DIR/train and DIR/valid")
     kept = "write every epoch's figures to FILE, also if the run is interrupted"
     add("--json", metavar="FILE", help=kept)
@@ -156,7 +160,7 @@ def main(arguments: list[str] | None = None) -> int:
     history: History | None = None
     try:
         history = train(**options)
-    except MemoryError as error:
+    except (MemoryError, CheckpointError) as error:
         parser.error(str(error))
     except (WorkerError, KeyboardInterrupt) as error:
         history = getattr(error, "history", None)

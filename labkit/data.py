@@ -63,7 +63,8 @@ class MnistDataGenerator:
     Every iterator yields `(images, labels)`: float32 in 0..1 `[batch, 28, 28, 1]`, and one-hot
     float32 `[batch, 10]`. Samples are kept as uint8 and converted batch by batch (47 MB instead of
     the 376 MB of float64). Each method named `..._iterator` is an iterator factory that a
-    `QueueRunner` takes as it is.
+    `QueueRunner` takes as it is. `start` is how many batches are left out at first, of all workers
+    together where they share.
 
     Args:
         batch_size: samples per batch, 1 to 60,000. Default 32.
@@ -106,7 +107,7 @@ class MnistDataGenerator:
         self.batch_size, self.work, self.seed = int(batch_size), work, int(seed)
         self._draws = _takes_rng(work)
 
-    def train_iterator(self, worker: int = 0, epoch: int = 0) -> Iterator[Batch]:
+    def train_iterator(self, worker: int = 0, epoch: int = 0, start: int = 0) -> Iterator[Batch]:
         """Endless: windows of consecutive samples from random starts, with replacement.
 
         This is the article's iterator. An "epoch" of it repeats some samples and misses others.
@@ -114,12 +115,13 @@ class MnistDataGenerator:
         """
         rng = np.random.default_rng([self.seed, worker, epoch])
         for number in count():
-            start = int(rng.integers(len(self.data.x_train) - self.batch_size + 1))
-            part = slice(start, start + self.batch_size)
-            yield self._train_batch(part, worker, epoch, number)
+            begin = int(rng.integers(len(self.data.x_train) - self.batch_size + 1))
+            if number >= start:
+                part = slice(begin, begin + self.batch_size)
+                yield self._train_batch(part, worker, epoch, number)
 
     def epoch_iterator(
-        self, worker: int = 0, n_workers: int = 1, epoch: int = 0
+        self, worker: int = 0, n_workers: int = 1, epoch: int = 0, start: int = 0
     ) -> Iterator[Batch]:
         """Finite: every training sample exactly once over all `n_workers`, shuffled.
 
@@ -128,10 +130,10 @@ class MnistDataGenerator:
         batch may be smaller. Another `epoch` number gives another order.
         """
         self._check_share("epoch_iterator", worker, n_workers)
-        yield from self._batches(epoch, 0, range(worker, self._per_pass, n_workers))
+        yield from self._batches(epoch, 0, range(start + worker, self._per_pass, n_workers))
 
     def passes_iterator(
-        self, worker: int = 0, n_workers: int = 1, epoch: int = 0
+        self, worker: int = 0, n_workers: int = 1, epoch: int = 0, start: int = 0
     ) -> Iterator[Batch]:
         """Endless: one pass over the training set after the other, each in its own order.
 
@@ -140,10 +142,11 @@ class MnistDataGenerator:
         which a `QueueRunner` gives each fresh pass over its dataset, gives other orders.
         """
         self._check_share("passes_iterator", worker, n_workers)
-        for turn in count():
-            # A pass need not be a multiple of n_workers, so whose turn is first moves on.
-            first = (worker - turn * self._per_pass) % n_workers
+        done, first = divmod(start + worker, self._per_pass)
+        for turn in count(done):
             yield from self._batches(turn, epoch, range(first, self._per_pass, n_workers))
+            # A pass need not be a multiple of n_workers, so whose turn is first moves on.
+            first = (first - self._per_pass) % n_workers
 
     def test_iterator(self) -> Iterator[Batch]:
         """Finite: the real test set in order, each sample once, a smaller last batch included."""

@@ -17,18 +17,13 @@ from labkit.engine.feeder import Feeder
 from labkit.engine.heard import steps_asked_for, warned_of_too_few
 from labkit.engine.messages import WorkerError
 from labkit.engine.options import Options
-from labkit.engine.tf_queue import (
-    EagerQueue,
-    GraphQueue,
-    SessionQueue,
-    Shape,
-    dataset_of_passes,
-)
+from labkit.engine.state import Place, Resumable
+from labkit.engine.tf_queue import EagerQueue, GraphQueue, Shape, dataset_of_passes
 from labkit.quiet import tf
 from labkit.sources import taken_in
 
 
-class QueueRunner:
+class QueueRunner(Resumable):
     """Feeds a `RandomShuffleQueue` from `n_workers` copies of an iterator.
 
     In a graph (TensorFlow 1 style):
@@ -128,8 +123,7 @@ class QueueRunner:
         self._workers_end: weakref.finalize | None = None
         self._ear_closes: weakref.finalize | None = None
         self._graph: GraphQueue | None = None
-        self._queue: SessionQueue | EagerQueue | None = None
-        self._pass = -1  # the number of the newest
+        self._place = Place()
         # An iterator that is still at one of these is told so, not that its queue is missing.
         self._passed: collections.deque[EagerQueue] = collections.deque(maxlen=8)
         self._asked: tuple[int, int] | None = None  # by fit: steps in an epoch, and epochs
@@ -172,7 +166,7 @@ class QueueRunner:
                 "QueueRunner.get_inputs: expected a graph to build in, got eager mode. Call it "
                 "inside `with tf.Graph().as_default():`, or use dataset()."
             )
-        if self._graph is not None or self._queue is not None:
+        if self._graph is not None or self._place.queue is not None:
             raise RuntimeError(
                 "QueueRunner.get_inputs: this runner has a queue already. Reuse the tensors it "
                 "returned, or make another QueueRunner."
@@ -205,14 +199,13 @@ class QueueRunner:
         expect(fits, "QueueRunner: n_threads must be an integer >= 1", n_threads)
         try:
             with self._lock:
-                if self._queue is not None and self._alive() is not None:
+                if self._place.queue is not None and self._alive() is not None:
                     raise RuntimeError("QueueRunner.start: it is running already. stop() it first.")
                 self._listen()
                 feeder = self._with_workers(self._graph.spec, n_threads)
                 with interrupts.held_back():  # they produce while the queue's ops are prepared
-                    self._queue = self._graph.attach(sess)
-                self._pass += 1
-                feeder.feed(self._queue, self._pass)
+                    self._place.begin(self._graph.attach(sess))
+                feeder.feed(self._place.queue, self._place.newest)
         except BaseException:
             self.stop()
             raise
@@ -251,10 +244,11 @@ class QueueRunner:
         dataset._labkit_runner = self
         return dataset
 
-    def _note_asked(self) -> None:
+    def _note_asked(self) -> bool:
         self._asked = steps_asked_for()
+        return self._place.goes_on
 
-    def _open_pass(self, shape: Shape) -> tuple[tf.Tensor, int]:
+    def _open_pass(self, shape: Shape) -> tuple[tf.Tensor, tf.Tensor, int]:
         with self._lock:
             # A pipeline that reads ahead, of fit or of repeat(), outlives the `with` block.
             if self._left:
@@ -262,24 +256,27 @@ class QueueRunner:
                     "QueueRunner: its `with` block has ended. Enter it again, or call dataset()."
                 )
             feeder = self._with_workers(shape.spec)
-            self._queue = queue = EagerQueue(shape)
+            queue = EagerQueue(shape)
+            self._place.begin(queue)
             self._passed.append(queue)
-            self._pass += 1
-            feeder.feed(queue, self._pass)
-            return queue.handle, self._pass
+            feeder.feed(queue, self._place.newest)
+            return queue.handle, queue.counter.handle, self._place.newest
 
     def _end_pass(self, number: int) -> None:
-        if number != self._pass:
+        if number != self._place.newest:
             raise WorkerError(
                 "QueueRunner: another iteration over this runner's dataset() has begun, which "
                 "ended this one; expected one at a time. Make a QueueRunner for each."
             )
         self.raise_if_failed()
+        self._place.end()
         if self._asked and not self._told and self._batches() is None:
             batches = -(-self.samples // self.batch_size)
             self._told = warned_of_too_few(batches, *self._asked)
 
     def _batches(self) -> int | None:
+        if self._place.goes_on:
+            return None
         return self._options.batches(0 if self._feeder is None else self._feeder.heard.rows)
 
     # ------------------------------------------------------------------ both
@@ -322,7 +319,7 @@ class QueueRunner:
                 feeder.begin_stop()  # whoever has the lock may wait for a batch
             with self._lock:
                 left = [] if self._feeder is None else self._feeder.stop()
-                self._queue = None
+                self._place.stop()
                 self._passed.clear()
                 if self._workers_end is not None:
                     self._workers_end.detach()
@@ -372,7 +369,7 @@ class QueueRunner:
                 self._options.choose_kind()
                 with interrupts.held_back():
                     feeder = self._feeder = self._options.feeder(
-                        self.n_workers, spec, self._pass + 1
+                        self.n_workers, spec, self._place.newest + 1, self._place.resumed
                     )
                     if self._workers_end is not None:
                         self._workers_end.detach()

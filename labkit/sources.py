@@ -259,7 +259,8 @@ class ByBatch(_Source):
             order = np.arange(n) if self.seed is None else _order(self.seed, epoch, n)
             yield from order[start + worker :: n_workers].tolist()
             return
-        for index in itertools.count(self.at.get(worker, start + worker), n_workers):
+        first = start + worker if start else self.at.get(worker, worker)
+        for index in itertools.count(first, n_workers):
             self.at[worker] = index + n_workers
             yield index
 

@@ -11,6 +11,7 @@ from typing import Any, Literal
 import numpy as np
 
 from labkit import callable_module, workloads
+from labkit.checkpoint import Checkpoint, together
 from labkit.checks import expect, is_folder_to_write, is_integer, is_number
 from labkit.data import MnistDataGenerator
 from labkit.engine import KINDS, interrupts
@@ -45,6 +46,8 @@ def train(
     on_start: Callable[[Any, Any], None] | None = None,
     n_threads: int | None = None,
     order: Literal["any", "fixed"] = "any",
+    checkpoint: str | Path | None = None,
+    save_every: int | None = None,
 ) -> History:
     """Trains the CNN on MNIST and measures where the time goes.
 
@@ -73,12 +76,14 @@ def train(
         order: of the queue's batches, see `QueueRunner`. "fixed", on a CPU and with `pools` of 1
             and 1, gives the same losses, step by step, in each run; on a GPU only after
             `tf.config.experimental.enable_op_determinism()`.
+        checkpoint: a folder to save in after each epoch, each `save_every` steps, and on Ctrl-C;
+            the same settings go on from there, batch for batch. For "queue", in "fixed" order.
 
     Returns:
         A `History`.
 
     Raises:
-        ValueError: an argument is out of range.
+        ValueError: an argument is out of range, or the checkpoint is of another run.
         WorkerError: a worker failed; see `QueueRunner`. This and a KeyboardInterrupt have what was
             measured until then as their attribute `history`.
     """
@@ -99,8 +104,9 @@ def train(
         with tf.Graph().as_default(), ExitStack() as stack:
             tf.compat.v1.set_random_seed(seed)
             run = _Run(settings, factory, stack)
+            run.kept.restore(run.sess, history)
             run.start(on_start, stack)
-            for done in range(epochs):
+            for done in range(len(history.epochs), epochs):
                 with shown.epoch() as show:
                     run.train_epoch(history, show)
                 if len(history.epochs) == done:
@@ -108,6 +114,7 @@ def train(
                 if validate:
                     run.validate(data, history.epochs[-1])
                     shown.validated()
+                run.kept.save(run, history)
     except BaseException as error:
         error.history = history  # type: ignore[attr-defined]
         raise
@@ -127,6 +134,7 @@ class _Run:
         v1 = tf.compat.v1
         self.pipeline, self.factory, self.timer = settings["pipeline"], factory, StepTimer()
         self.runner: Any = None
+        self.kept = Checkpoint(settings)
         self.batches: Iterator[Any] | None = None
         self.steps_taken, self.start_seconds = 0, 0.0
         self.fed = {
@@ -157,6 +165,7 @@ class _Run:
             names = ("n_workers", "workers", "capacity", "min_after_dequeue", "seed", "order")
             chosen = {name: settings[name] for name in names}
             self.runner = QueueRunner(self.factory, batch_size, **chosen)
+            self.kept.load(self.runner)
             stack.callback(self.runner.stop)
             parts = self.timer.around(self.runner.get_inputs)
         elif self.pipeline == "constant":
@@ -182,23 +191,32 @@ class _Run:
         self.timer.computes.clear()
         scores: list[tuple[float, float]] = []
         began = ended = time.perf_counter()
+        first, part = self.kept.begin_epoch()
+
+        def so_far() -> Epoch:
+            pairs = zip(self.timer.waits, self.timer.computes, strict=False)
+            history.steps = list(islice(pairs, len(scores)))
+            accuracy, loss = (float(mean) for mean in np.mean(scores, axis=0))
+            waiting, computing = (sum(part) for part in zip(*history.steps, strict=True))
+            row = (ended - began, len(scores), waiting, computing, accuracy, loss)
+            return together(part, Epoch(*row))
+
         try:
-            for step in range(history.settings["steps"]):
+            for step in range(first, history.settings["steps"]):
                 got = self._step(with_summary=bool(self.writers) and step % _SUMMARY_EVERY == 0)
                 if got is None:
                     break
                 scores.append((float(got["accuracy"]), float(got["loss"])))
                 ended = time.perf_counter()
                 show(*scores[-1])
+                self.kept.after_step(self, history, step + 1, so_far)
+        except KeyboardInterrupt:
+            self.kept.save(self, history, so_far() if scores else part)
+            raise
         finally:  # what was measured before Ctrl-C or a failure is kept
-            if scores:
-                pairs = zip(self.timer.waits, self.timer.computes, strict=False)
-                history.steps = list(islice(pairs, len(scores)))
-                history.start_seconds = self.start_seconds
-                accuracy, loss = (float(mean) for mean in np.mean(scores, axis=0))
-                waiting, computing = (sum(part) for part in zip(*history.steps, strict=True))
-                row = (ended - began, len(scores), waiting, computing, accuracy, loss)
-                history.epochs.append(Epoch(*row))
+            history.start_seconds = self.start_seconds
+            if begun := so_far() if scores else part:
+                history.epochs.append(begun)
 
     def _step(self, with_summary: bool) -> dict[str, Any] | None:
         from labkit.quiet import tf
@@ -257,6 +275,11 @@ def check_settings(settings: dict[str, Any]) -> None:
     check("pipeline", settings["pipeline"] in PIPELINES, f"one of {PIPELINES}")
     check("workers", settings["workers"] in KINDS, " or ".join(map(repr, KINDS)))
     check("order", settings["order"] in ("any", "fixed"), "'any' or 'fixed'")
+    every = settings["save_every"]
+    check("save_every", every is None or is_integer(every, 1), "None or an integer >= 1")
+    if settings["checkpoint"]:
+        settings["order"] = "fixed"
+        check("pipeline", settings["pipeline"] == "queue", "'queue' for a checkpoint")
     in_turn = settings["order"] == "any" or settings["n_workers"] != "auto"
     check("n_workers", in_turn, "a number for order='fixed', since workers take turns")
     check("seed", is_integer(settings["seed"], 0, 2**31 - 1), "an integer from 0 to 2**31 - 1")
@@ -267,8 +290,9 @@ def check_settings(settings: dict[str, Any]) -> None:
     least = settings["min_after_dequeue"] + settings["batch_size"]
     enough = settings["min_after_dequeue"] >= 0 and settings["capacity"] >= least
     check("capacity", enough, f"at least min_after_dequeue + batch_size = {least}")
-    folder = settings["log_dir"]  # made here, so the last of the checks
-    check("log_dir", not folder or is_folder_to_write(folder), "a folder that can be written to")
+    for name in ("log_dir", "checkpoint"):  # made here, so the last of the checks
+        folder = settings[name]
+        check(name, not folder or is_folder_to_write(folder), "a folder that can be written to")
 
 
 callable_module(train)

@@ -31,9 +31,9 @@ def pytest_xdist_make_scheduler(config, log):
 def pytest_collection_modifyitems(items):
     """The notebooks first, which take longest: the other process has the rest meanwhile.
 
-    Diagnosis last: after all of those tests something, not found yet, keeps the iterator of an error
-    in test_faults and test_lifetime, which they count as left behind. Alone, or after any part of
-    its tests, none is kept.
+    Diagnosis last: after all of it something, not found yet, keeps the iterator of an error in
+    test_faults and test_lifetime, which they count as left behind. Alone, or after any part of its
+    tests, none is kept.
     """
     late = {"test_notebooks": -1, "test_diagnosis": 1}
     items.sort(key=lambda item: next((late[name] for name in late if name in item.nodeid), 0))

@@ -92,7 +92,7 @@ class _Child:
             epoch = self._epoch
             for made in produce(factory, index, epoch, spec, copies=False, skip=skip):
                 if isinstance(made, LeftOut):
-                    failed = (*describe(made.error), dump_error(made.error), epoch)
+                    failed = (*describe(made.error), dump_error(made.error), epoch, made.number)
                     wanted = self._tell_in_time("skipped", failed, epoch)
                 else:
                     spec = made.spec
@@ -111,7 +111,7 @@ class _Child:
         while self._orders.poll(0):
             self._listen()
         if self._writer is None:
-            chunk = (made.arrays, made.seconds, epoch, (), True, made.stages)
+            chunk = (made.arrays, made.seconds, epoch, (), True, made.stages, made.number)
             return self._tell_in_time("chunk", chunk, epoch)
         start, rows, stages = 0, len(made.arrays[0]), made.stages
         while start < rows and self._epoch == epoch:
@@ -122,7 +122,8 @@ class _Child:
             slots, start = self._writer.write(made.arrays, start)
             share = made.seconds * (start - begin) / rows
             last = start == rows
-            self._say(wire.pack_chunk(epoch, start - begin, share, last, slots, stages))
+            done = start - begin
+            self._say(wire.pack_chunk(epoch, made.number, done, share, last, slots, stages))
             stages = None
         return self._epoch == epoch
 

@@ -21,8 +21,8 @@ from labkit.engine.batches import Spec, joined
 from labkit.engine.heard import Heard
 from labkit.engine.interrupts import ear
 from labkit.engine.messages import Chunk, Ended, Lost, Skipped, WorkerError
-from labkit.engine.order import Reservoir, Turns
 from labkit.engine.pool import Pool
+from labkit.engine.turns import Order, Turns
 
 _TICK = 0.1
 _RUNNING: "weakref.WeakKeyDictionary[Feeder, None]" = weakref.WeakKeyDictionary()  # in this order
@@ -53,8 +53,7 @@ class Terms:
         capacity: samples that the queue holds.
         samples: of a pass, where they are known.
         scaler: of n_workers="auto".
-        fixed: workers deliver in turn, so that the order is always the same.
-        mixed: samples that stay behind for mixing by the feeder itself, seeded with `seed`.
+        order: of a fixed one; the feeder itself mixes.
         max_skipped: batches that may be left out of a pass; None: see `Skips`.
     """
 
@@ -64,10 +63,13 @@ class Terms:
     capacity: int
     samples: int | None = None
     scaler: Scaler | None = None
-    fixed: bool = False
-    mixed: int = 0
-    seed: int = 0
+    order: Order | None = None
     max_skipped: int | None = None
+
+    @property
+    def mixed(self) -> int:
+        """Samples that stay behind for mixing by the feeder itself."""
+        return 0 if self.order is None else self.order.mixed
 
 
 class Feeder:
@@ -243,18 +245,16 @@ class Feeder:
     def _take_turns(self, epoch: int) -> None:
         if self._turns is not None:
             self._turns.give_up()
-        if self.terms.fixed:
-            reservoir = Reservoir(self.terms.mixed, self.terms.seed, epoch)
-            self._turns = Turns(self.pool, self._ended, reservoir)
+        if self.terms.order is not None:
+            self._turns = self.terms.order.turns(self.pool, self._ended, epoch)
+            self.heard.records.append(self._turns.record)
+            self.heard.samples = self.terms.order.used(epoch)
 
     def _put(self, queue: Queue, first: Chunk) -> None:
         chunks = self._ready_together(first)
         try:
-            parts = [chunk.arrays for chunk in chunks]
-            if self._turns is not None:
-                mix = self._turns.reservoir.mix
-                parts = [mix(chunk.arrays, chunk.last) for chunk in chunks]
-            arrays = joined(parts)
+            turns = self._turns
+            arrays = joined([c.arrays if turns is None else turns.mixed(c) for c in chunks])
             if len(arrays[0]) and not queue.enqueue(arrays):
                 return
         finally:
@@ -290,6 +290,8 @@ class Feeder:
         return chunks
 
     def _leave_out(self, message: Skipped) -> None:
+        if self._turns is not None:
+            self._turns.record.left_out(message)
         if not message.released:
             self.heard.skips.note(message)
             self.pool.release(message)

@@ -10,7 +10,10 @@ from typing import Any
 
 from labkit.engine.messages import Chunk
 from labkit.engine.pool import Pool
+from labkit.engine.record import Record
 from labkit.engine.skips import Skips
+
+_RECORDS = 8
 
 
 class Heard:
@@ -22,6 +25,7 @@ class Heard:
         samples: put into the queue in this pass.
         rows: of the chunk that the spec was read from; 0 where it was given.
         skips: batches that were left out.
+        records: of the last passes with a fixed order.
     """
 
     def __init__(self, pool: Pool, max_skipped: int | None = None) -> None:
@@ -29,6 +33,7 @@ class Heard:
         self.counts: collections.Counter[int] = collections.Counter()
         self.samples = self.rows = 0
         self.skips = Skips(max_skipped)
+        self.records: collections.deque[Record] = collections.deque(maxlen=_RECORDS)
         self._pool, self._epoch = pool, pool.epoch
         self._digests: dict[int, bytes] = {}  # of each worker's first chunk
         self._told = False

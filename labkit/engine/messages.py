@@ -28,7 +28,7 @@ class Chunk:
     sequence of arrays, a sample each, which may be kept. `seconds` is the time that the iterator
     took, `epoch` the pass that the batch belongs to; `last`: nothing of the batch is still to come.
     `stages`: what those of the whole batch took, with its first chunk; None in others, and where
-    the pool's job does not ask for them.
+    the pool's job does not ask for them. `number` counts what its worker made in the pass.
     """
 
     worker: int
@@ -38,6 +38,7 @@ class Chunk:
     slots: tuple[int, ...] = ()
     last: bool = True
     stages: Times | None = None
+    number: int = 0
 
 
 @dataclass
@@ -76,7 +77,8 @@ class Skipped(Failed):
     """One batch, left out: the worker goes on once it is told so by `pool.release(skipped)`."""
 
     epoch: int = 0
-    slots: tuple[int, ...] = ()  # as a chunk has
+    number: int = 0  # as a chunk has, and the slots
+    slots: tuple[int, ...] = ()
     released: bool = False
 
 

@@ -14,7 +14,9 @@ from labkit.engine.batches import Spec
 from labkit.engine.feeder import Feeder, Terms
 from labkit.engine.pool import Job
 from labkit.engine.produce import IteratorFactory
+from labkit.engine.record import AHEAD
 from labkit.engine.trial import chosen_kind
+from labkit.engine.turns import Order, Resumed
 
 
 def queue_sizes(
@@ -100,6 +102,12 @@ class Options:
     def _queue_mixes(self) -> bool:
         return self.shuffle and self.order == "any"
 
+    def _order(self, resumed: Resumed | None) -> Order | None:
+        if self.order == "any":
+            return None
+        ahead = self.capacity + AHEAD * self.batch_size
+        return Order(self._mixed, (self.seed or 0) % 2**63, ahead, resumed)
+
     def queue(self, spec: Spec) -> tuple[Any, ...]:
         """What its `tf_queue.Shape` is made of. Raises MemoryError where that would not fit."""
         self.check_memory(spec)
@@ -113,8 +121,14 @@ class Options:
             print(f"QueueRunner: workers='auto': {KINDS[kind].plural}: {why}", flush=True)
             object.__setattr__(self, "workers", kind)
 
-    def feeder(self, n_workers: int | str, spec: Spec | None, epoch: int) -> Feeder:
-        """A new run, whose first pass has the number `epoch`."""
+    def feeder(
+        self,
+        n_workers: int | str,
+        spec: Spec | None,
+        epoch: int,
+        resumed: Resumed | None = None,
+    ) -> Feeder:
+        """A new run, whose first pass has the number `epoch`; it goes on if that is `resumed`."""
         kind = KINDS[self.workers]
         limit = self.max_workers or kind.limit()
         auto = n_workers == "auto"
@@ -129,6 +143,12 @@ class Options:
             epoch,
             skip=self.on_error == "skip",
         )
+        order = self._order(resumed)
+        if resumed is not None and order is not None and resumed.epoch == epoch:
+            was = len(resumed.mixed.begins)
+            what = f"QueueRunner: n_workers must be {was}, as when the loaded state was taken"
+            expect(n_workers == was, what, n_workers)
+            resumed.begin(job.factory, order.mixed, order.seed)
         terms = Terms(
             self.on_error,
             self.batch_size,
@@ -136,9 +156,7 @@ class Options:
             self.capacity - self._mixed,
             self.samples,
             Scaler(limit) if auto else None,
-            self.order == "fixed",
-            self._mixed,
-            (self.seed or 0) % 2**63,
+            order,
             self.max_skipped,
         )
         return Feeder(kind.pool(job), terms)

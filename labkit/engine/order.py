@@ -1,68 +1,14 @@
-"""A fixed order of samples: workers take turns, and no timing has a part in the shuffling.
+"""A fixed order of samples: mixed so that no timing has a part in it, and cut into batches.
 
-    pool ──messages──► Turns: worker 0's batch, worker 1's, ... ──► Reservoir ──► Cutter ──► queue
-
-The price is that the slowest worker sets the pace: the others wait for their turn.
+pool ──messages──► Turns: worker 0's batch, worker 1's, ... ──► Reservoir ──► Cutter ──► queue
 """
 
-import collections
 from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 
 from labkit.engine.batches import joined
-from labkit.engine.messages import Chunk, Lost, Message, Skipped
-from labkit.engine.pool import Pool
-
-
-class Turns:
-    """A pool's messages of one pass, in turn: a whole batch of each worker that is not over.
-
-    Attributes:
-        reservoir: mixes them; of size 0 where they are to stay as they come.
-    """
-
-    def __init__(self, pool: Pool, over: set[int], reservoir: "Reservoir") -> None:
-        self._pool, self._over, self.reservoir = pool, over, reservoir
-        self._early = [collections.deque[Message]() for _ in range(pool.n_workers)]
-        self._turn = 0
-
-    def get(self, seconds: float) -> Message | None:
-        """The next message in turn, or None if nothing comes within `seconds`."""
-        while not self._over.issuperset(range(len(self._early))):
-            early = self._early[self._turn]
-            if early:
-                message = early.popleft()
-                if not isinstance(message, Chunk) or message.last:
-                    self._next()
-                return message
-            if self._turn in self._over:
-                self._next()
-                continue
-            came = self._pool.get(seconds)
-            if came is None:
-                return None
-            self._early[came.worker].append(came)
-        return None
-
-    def put_back(self, message: Message) -> None:
-        """Makes `message` the next one that `get` returns."""
-        self._early[message.worker].appendleft(message)
-        self._turn = message.worker
-
-    def give_up(self) -> None:
-        """Ahead of another pass: batches go back unseen, losses stay to be heard."""
-        for early in self._early:
-            for message in early:
-                if isinstance(message, Chunk | Skipped):
-                    self._pool.release(message)
-                elif isinstance(message, Lost):
-                    self._pool.put_back(message)
-            early.clear()
-
-    def _next(self) -> None:
-        self._turn = (self._turn + 1) % len(self._early)
 
 
 class Reservoir:
@@ -70,11 +16,15 @@ class Reservoir:
 
     Once it is full, each sample of a batch takes the place of another one, which comes out. Which
     one is drawn from the seed, the number of the pass and the number of the batch in it.
+
+    Args:
+        batch: how many came before, where a pass goes on.
+        used: how many of the samples that come out first are left out.
     """
 
-    def __init__(self, size: int, seed: int, epoch: int) -> None:
+    def __init__(self, size: int, seed: int, epoch: int, batch: int = 0, used: int = 0) -> None:
         self._size, self._seed, self._epoch = size, seed, epoch
-        self._batch = 0
+        self._batch, self._used = batch, used
         self._kept: list[np.ndarray] = []
         self._lent = False
         self._parts: list[list[np.ndarray]] = []
@@ -86,9 +36,8 @@ class Reservoir:
         Nothing of `arrays` is kept but samples that are lent, see `Chunk`.
         """
         if not self._size:
-            return arrays
-        self._lent = not isinstance(arrays[0], np.ndarray)
-        columns = [_objects(array) for array in arrays] if self._lent else arrays
+            return self._unused(arrays)
+        columns = self.columns(arrays)
         if not last:
             self._parts.append([column.copy() for column in columns])
             return self._given([column[:0] for column in columns])
@@ -97,41 +46,72 @@ class Reservoir:
 
     def rest(self) -> list[Any]:
         """What is left at the end of the pass, mixed; no array at all if nothing ever came."""
-        order, self.count = self._draws().permutation(self.count), 0
+        order = _draws(self._seed, self._epoch, self._batch).permutation(self.count)
+        self.count = 0
         return self._given([kept[order] for kept in self._kept])
 
+    def columns(self, arrays: list[Any]) -> list[np.ndarray]:
+        """Arrays as they are, and samples that are lent as arrays of these."""
+        self._lent = not isinstance(arrays[0], np.ndarray)
+        return [_objects(array) for array in arrays] if self._lent else arrays
+
+    def restore(self, columns: list[np.ndarray], rows: np.ndarray, spots: np.ndarray) -> None:
+        """Puts these rows of a whole batch where they lay."""
+        self._put(spots, [column[rows] for column in columns])
+        self.count += len(rows)
+
     def _exchange(self, columns: list[np.ndarray]) -> list[np.ndarray]:
-        draws = self._draws()
+        rows = len(columns[0])
+        came, done, empty = [], 0, self._size - self.count
+        at = (self._seed, self._epoch, self._batch)
+        for spots in places(self._size, self.count, rows, *at):
+            if not len(spots):
+                continue
+            if done >= empty:
+                came.append([kept[spots] for kept in self._kept])
+            self._put(spots, [column[done : done + len(spots)] for column in columns])
+            done += len(spots)
+        self.count += min(rows, empty)
         self._batch += 1
+        return joined(came) if came else [kept[:0] for kept in self._kept]
+
+    def _put(self, spots: np.ndarray, columns: list[np.ndarray]) -> None:
         if not self._kept:
             # Text may be longer in a later batch, so it is kept as objects.
             kinds = [object if column.dtype.kind in "SU" else column.dtype for column in columns]
             shapes = [(self._size, *column.shape[1:]) for column in columns]
             self._kept = [np.empty(*pair) for pair in zip(shapes, kinds, strict=True)]
-        done = min(len(columns[0]), self._size - self.count)
-        self._put(slice(self.count, self.count + done), columns, 0, done)
-        self.count += done
-        came = []
-        while done < len(columns[0]):
-            number = min(self._size, len(columns[0]) - done)
-            places = draws.choice(self._size, number, replace=False)
-            came.append([kept[places] for kept in self._kept])
-            self._put(places, columns, done, done + number)
-            done += number
-        return joined(came) if came else [kept[:0] for kept in self._kept]
-
-    def _put(
-        self, places: slice | np.ndarray, columns: list[np.ndarray], begin: int, end: int
-    ) -> None:
         for kept, column in zip(self._kept, columns, strict=True):
-            kept[places] = column[begin:end]
-
-    def _draws(self) -> np.random.Generator:
-        key = (self._epoch, self._batch)
-        return np.random.default_rng(np.random.SeedSequence(self._seed, spawn_key=key))
+            kept[spots] = column
 
     def _given(self, columns: list[np.ndarray]) -> list[Any]:
-        return [tuple(column) for column in columns] if self._lent else columns
+        return self._unused([tuple(column) for column in columns] if self._lent else columns)
+
+    def _unused(self, arrays: list[Any]) -> list[Any]:
+        if not self._used or not arrays:
+            return arrays
+        used = min(self._used, len(arrays[0]))
+        self._used -= used
+        return [array[used:] for array in arrays]
+
+
+def places(
+    size: int, count: int, rows: int, seed: int, epoch: int, batch: int
+) -> Iterator[np.ndarray]:
+    """Where the rows of a batch go in a reservoir of `size` samples that has `count`.
+
+    The first come where nothing is; those after them in turns of at most `size`.
+    """
+    draws, done = _draws(seed, epoch, batch), min(rows, size - count)
+    yield np.arange(count, count + done)
+    while done < rows:
+        number = min(size, rows - done)
+        yield draws.choice(size, number, replace=False)
+        done += number
+
+
+def _draws(seed: int, epoch: int, batch: int) -> np.random.Generator:
+    return np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(epoch, batch)))
 
 
 class Cutter:

@@ -197,9 +197,9 @@ class _Process:
         chunk = wire.unpack_chunk(data)
         if chunk is not None:
             assert self.ring is not None
-            epoch, rows, seconds, slots, last, stages = chunk
+            epoch, number, rows, seconds, slots, last, stages = chunk
             arrays = self.ring.read(slots, rows)
-            return Chunk(self.index, arrays, seconds, epoch, slots, last, stages)
+            return Chunk(self.index, arrays, seconds, epoch, slots, last, stages, number)
         kind, content = pickle.loads(data)
         if kind == "first":
             code, rows = content
@@ -212,8 +212,8 @@ class _Process:
             summary, text, error = content
             return Lost(self.index, summary, readable(text), load_error(error, summary))
         if kind == "skipped":
-            summary, text, error, epoch = content
-            return Skipped(self.index, summary, readable(text), load_error(error, summary), epoch)
+            summary, text, error, *at = content
+            return Skipped(self.index, summary, readable(text), load_error(error, summary), *at)
         return Ended(self.index, content)
 
     def _lay_out(self, spec: Spec, rows: int) -> None:

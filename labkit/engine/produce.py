@@ -36,6 +36,13 @@ class _ByIndex:
 _IteratorByIndex = type(iter(_ByIndex()))
 
 
+class Stretches(NamedTuple):
+    """Of a pass that goes on: the chunks that each worker has to make."""
+
+    epoch: int
+    of_worker: list[list[tuple[int, int | None]]]
+
+
 class IteratorFactory:
     """The user's factory, called with those of `_KNOWN` that it names.
 
@@ -55,6 +62,7 @@ class IteratorFactory:
         self.factory = getattr(factory, "_labkit_fresh", lambda: factory)()
         self.n_workers = n_workers
         self.seed = secrets.randbits(64) if seed is None else seed
+        self.resumed: Stretches | None = None
         # What labkit has wrapped itself is not what errors should speak of.
         self.users = getattr(factory, "_labkit_wraps", factory)
         parameters = _parameters(factory)
@@ -78,6 +86,17 @@ class IteratorFactory:
     def can_start_later(self) -> bool:
         # Some would only read up to there, and meet again what failed.
         return "start" in self.names and not getattr(self.factory, "_labkit_reads_up_to", False)
+
+    @property
+    def can_resume(self) -> bool:
+        """Whether a chunk can be made again without those before it."""
+        return self.can_start_later and "rng" not in self.names
+
+    def stretches(self, worker: int, epoch: int) -> list[tuple[int, int | None]]:
+        """Which chunks a worker makes in a pass: from one to ahead of another, or to the end."""
+        if self.resumed is None or epoch != self.resumed.epoch or not self.can_resume:
+            return [(0, None)]
+        return list(self.resumed.of_worker[worker])
 
     def start(self, done: int) -> int:
         """What the parameter `start` is after `done` chunks of a worker: whoever shares counts
@@ -174,36 +193,44 @@ def _needed(parameter: inspect.Parameter) -> bool:
 
 
 class Made(NamedTuple):
-    """A batch's arrays, the spec that they fit, and the seconds that the iterator and, if anybody
-    listens, its stages took."""
+    """A batch's arrays, the spec that they fit, the seconds that the iterator and, if anybody
+    listens, its stages took, and which one it is of this worker and pass."""
 
     spec: Spec
     arrays: Arrays
     seconds: float
     stages: Times | None = None
+    number: int = 0
 
 
 class LeftOut(NamedTuple):
-    """What went wrong, in place of the batch."""
+    """What went wrong, in place of the batch of this number."""
 
     error: Exception
+    number: int = 0
 
 
 class _Walk(Iterator[Any]):
     """A worker's iterator in one pass, which can go on after an exception.
 
+    `done` counts its chunks, those left out included.
+
     Gives a `LeftOut` in place of an exception if it is to `skip` those, except where there is
     nothing left to go on with.
     """
 
+    iterator: Iterator[Any]
+
     def __init__(self, factory: IteratorFactory, worker: int, epoch: int, skip: bool) -> None:
         self._factory, self._at, self._skip = factory, (worker, epoch), skip
-        self.iterator = factory(worker, epoch)
-        self._done = 0  # chunks, those left out included
+        self._stretches = factory.stretches(worker, epoch)
+        self._begin_stretch()
         self._broken: Exception | None = None
 
     def __next__(self) -> Any:
-        self._done += 1
+        if self.done == self._until:
+            self._begin_stretch()
+        self.done += 1
         broken, self._broken = self._broken, None
         try:
             return next(self.iterator)
@@ -217,7 +244,7 @@ class _Walk(Iterator[Any]):
                 raise
             if _passed_a_generator(error):
                 if self._factory.can_start_later:
-                    self.iterator = self._factory(*self._at, self._done)
+                    self.iterator = self._factory(*self._at, self.done)
                 elif inspect.isgenerator(self.iterator):
                     error.add_note(_OVER)
                     raise
@@ -226,6 +253,10 @@ class _Walk(Iterator[Any]):
             return LeftOut(error)
         broken.add_note(_OVER)
         raise broken
+
+    def _begin_stretch(self) -> None:
+        self.done, self._until = self._stretches.pop(0)
+        self.iterator = self._factory(*self._at, self.done)
 
 
 def _passed_a_generator(error: Exception) -> bool:
@@ -271,9 +302,9 @@ def produce(
         seconds, times = time.perf_counter() - began, take()
         if left_out is None:
             assert spec is not None
-            yield Made(spec, arrays, seconds, times)
+            yield Made(spec, arrays, seconds, times, walk.done - 1)
         else:
-            yield left_out
+            yield left_out._replace(number=walk.done - 1)
         began = time.perf_counter()
 
 

@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 
 from labkit.engine.batches import Component, Spec, short
+from labkit.engine.filled import FilledQueue
 from labkit.engine.messages import WorkerError
-from labkit.engine.order import Cutter
 from labkit.quiet import tf
 
 _v1 = tf.compat.v1
@@ -60,8 +60,15 @@ class GraphQueue:
     def __init__(self, shape: Shape) -> None:
         self.spec, self._shape = shape.spec, shape
         self._attached: weakref.WeakSet[Any] = weakref.WeakSet()
-        with tf.name_scope("queue_runner"):
+        with tf.name_scope("queue_runner") as scope:
             self._queue = shape.new_queue()
+            with tf.device("/CPU:0"):
+                self._counter = tf.raw_ops.VarHandleOp(
+                    dtype=tf.int64, shape=[], shared_name=f"{scope}taken"
+                )
+                zero = tf.zeros([], tf.int64)
+                self._zero = tf.raw_ops.AssignVariableOp(resource=self._counter, value=zero)
+                self._taken = tf.raw_ops.ReadVariableOp(resource=self._counter, dtype=tf.int64)
             rows = [(None, *size) for size in shape.shapes]
             self._feeds = list(map(_v1.placeholder, shape.types, rows))
             put = self._queue.enqueue_many if shape.mixes else self._queue.enqueue
@@ -91,7 +98,8 @@ class GraphQueue:
     def inputs(self) -> Any:
         """The tensors of one batch, in the batch's structure."""
         parts = self._dequeue()
-        return _shaped(self.spec, parts if isinstance(parts, list) else [parts])
+        parts = parts if isinstance(parts, list) else [parts]
+        return _shaped(self.spec, parts if self._shape.mixes else _counted(parts, self._counter))
 
     def attach(self, sess: Any) -> "SessionQueue":
         """Raises RuntimeError for a session that had it before: there it is closed for good; and
@@ -110,6 +118,7 @@ class GraphQueue:
             )
         self._attached.add(sess)
         call = _in_callers_thread
+        call(sess, self._zero)()
         return SessionQueue(
             self._shape,
             call(sess, self._enqueue, self._feeds),
@@ -118,56 +127,12 @@ class GraphQueue:
             call(sess, self._cancel),
             call(sess, self._size),
             call(sess, self._drain),
+            call(sess, self._taken),
         )
 
 
-class _Queue:
-    """What both have in common: `_put`, `_count`, `_close_it` and `_drain_some` are theirs."""
-
-    _cancelled = False
-    _cutter: Cutter | None = None
-    _shape: Shape
-
-    def enqueue(self, arrays: list[Any]) -> bool:
-        """Puts samples in, waiting for room. False if it was cancelled meanwhile."""
-        if not self._shape.mixes:
-            self._cutter = self._cutter or Cutter(self._shape.batch_size)
-            return all(self._enqueue_as_is(batch) for batch in self._cutter.cut(arrays))
-        return self._enqueue_as_is(arrays)
-
-    def _enqueue_as_is(self, arrays: list[Any]) -> bool:
-        try:
-            self._put(arrays)
-        except _CLOSED:
-            if not self._cancelled:
-                raise
-        return not self._cancelled
-
-    def size(self) -> int:
-        """Samples in it now; 0 once it cannot be asked any more."""
-        with contextlib.suppress(*_CLOSED):
-            return self._count() * (1 if self._shape.mixes else self._shape.batch_size)
-        return 0
-
-    def close(self, cancel: bool) -> None:
-        """No more samples come; `cancel`: those that are in it are dropped, too."""
-        self._cancelled |= cancel
-        left = None if cancel or self._cutter is None else self._cutter.rest()
-        if left is not None:
-            self._enqueue_as_is(left)
-        with contextlib.suppress(*_CLOSED):
-            self._close_it(cancel)
-            while cancel and self._count():
-                self._drain_some()
-
-    _put: Callable[[list[Any]], None]
-    _count: Callable[[], int]
-    _close_it: Callable[[bool], None]
-    _drain_some: Callable[[], None]
-
-
 @dataclass(eq=False)
-class SessionQueue(_Queue):
+class SessionQueue(FilledQueue):
     """A graph's queue in one session, by callables that are made before anything can go wrong."""
 
     _shape: Shape
@@ -177,6 +142,8 @@ class SessionQueue(_Queue):
     _cancel: Callable[[], Any]
     _size: Callable[[], Any]
     _drain: Callable[[], Any]
+    _taken: Callable[[], Any]
+    _closed = _CLOSED
 
     def _put(self, arrays: list[Any]) -> None:
         if isinstance(arrays[0], np.ndarray):
@@ -196,6 +163,10 @@ class SessionQueue(_Queue):
 
     def _drain_some(self) -> None:
         self._drain()
+
+    def taken(self) -> int:
+        """Batches that came out, of a queue that does not mix."""
+        return int(self._taken()[0])
 
 
 def _in_callers_thread(
@@ -256,8 +227,11 @@ class _Names:
 _names = {mixes: _Names("shuffle" if mixes else "fifo") for mixes in (True, False)}
 
 
-class EagerQueue(_Queue):
+class EagerQueue(FilledQueue):
     """The same queue without a graph, one for each pass."""
+
+    _shape: Shape
+    _closed = _CLOSED
 
     def __init__(self, shape: Shape) -> None:
         self._shape, self._kinds = shape, shape.types
@@ -281,6 +255,7 @@ class EagerQueue(_Queue):
                 if shape.mixes
                 else tf.raw_ops.FIFOQueueV2(capacity=shape.capacity // shape.batch_size, **common)
             )
+            self.counter = tf.Variable(0, trainable=False, dtype=tf.int64)
         weakref.finalize(self, names.give_back, name, self.handle).atexit = False
 
     def _put(self, arrays: list[Any]) -> None:
@@ -303,6 +278,10 @@ class EagerQueue(_Queue):
     def _drain_some(self) -> None:
         _dequeue(self.handle, self._shape)
 
+    def taken(self) -> int:
+        """Batches that came out, of a queue that does not mix."""
+        return _eagerly(lambda: int(self.counter.read_value()))
+
     def size(self) -> int:
         return _eagerly(super().size)
 
@@ -318,19 +297,30 @@ def _dequeue(handle: tf.Tensor, shape: Shape) -> list[tf.Tensor]:
     )
 
 
+def _counted(parts: list[tf.Tensor], counter: tf.Tensor) -> list[tf.Tensor]:
+    """A batch that came out, noted where TensorFlow takes it: whoever puts batches in knows of it a
+    little later, so that the queue's size does not tell."""
+    with tf.control_dependencies(parts), tf.device("/CPU:0"):
+        one = tf.ones([], tf.int64)
+        noted = tf.raw_ops.AssignAddVariableOp(resource=counter, value=one)
+        with tf.control_dependencies([noted]):
+            return [tf.identity(part) for part in parts]
+
+
 def dataset_of_passes(
     shape: Shape,
-    on_iteration: Callable[[], None],
-    open_pass: Callable[[], tuple[tf.Tensor, int]],
+    on_iteration: Callable[[], bool],
+    open_pass: Callable[[], tuple[tf.Tensor, tf.Tensor, int]],
     end_pass: Callable[[int], None],
     batches: int | None,
 ) -> tf.data.Dataset:
     """A dataset whose every iteration is a pass: what comes out of a queue until it is closed.
 
     Args:
-        on_iteration: called by whoever iterates over the dataset itself, ahead of `open_pass`.
-        open_pass: called at the start of an iteration; returns an EagerQueue's handle and the
-            number of the pass.
+        on_iteration: called by whoever iterates over the dataset itself, ahead of `open_pass`;
+            says whether the pass is only the rest of one.
+        open_pass: called at the start of an iteration; returns an EagerQueue's handle, that of its
+            counter, and the number of the pass.
         end_pass: called with that number when the queue has given its last batch; what it raises
             the iteration raises.
         batches: of a pass, if known.
@@ -339,10 +329,12 @@ def dataset_of_passes(
 
     def one_pass(_: tf.Tensor) -> tf.data.Dataset:
         opened = functools.partial(_plainly, open_pass)
-        handle, number = tf.py_function(opened, [], [tf.resource, tf.int64])
+        handles = [tf.resource, tf.resource, tf.int64]
+        handle, counter, number = tf.py_function(opened, [], handles)
 
         def dequeue(_: tf.Tensor) -> Any:
-            return _shaped(shape.spec, _dequeue(handle, shape))
+            parts = _dequeue(handle, shape)
+            return _shaped(shape.spec, parts if shape.mixes else _counted(parts, counter))
 
         def never(_: tf.Tensor) -> tf.Tensor:
             return tf.ensure_shape(tf.py_function(ended, [number], tf.bool), [])
@@ -358,13 +350,19 @@ def dataset_of_passes(
 
     with _debug_mode_off():
         dataset = tf.data.Dataset.range(1).flat_map(plain(one_pass))
+    if not shape.mixes:
+        # It would take two batches ahead, which nobody could tell from those that were used.
+        options = tf.data.Options()
+        options.experimental_optimization.inject_prefetch = False
+        dataset = dataset.with_options(options)
+    of_any_length = dataset
     if batches is not None:
         dataset = dataset.apply(tf.data.experimental.assert_cardinality(batches))
 
     class Passes(type(dataset)):  # type: ignore[misc]
         def __iter__(self) -> Any:
-            on_iteration()
-            return super().__iter__()
+            shorter = on_iteration() and batches is not None
+            return iter(of_any_length) if shorter else super().__iter__()
 
     dataset.__class__ = Passes
     return dataset

@@ -132,5 +132,5 @@ class ThreadPool(Pool):
 def _message(worker: int, epoch: int, made: Made | LeftOut) -> Message:
     if isinstance(made, LeftOut):
         summary, text = describe(made.error)
-        return Skipped(worker, summary, readable(text), made.error, epoch)
-    return Chunk(worker, made.arrays, made.seconds, epoch, stages=made.stages)
+        return Skipped(worker, summary, readable(text), made.error, epoch, made.number)
+    return Chunk(worker, made.arrays, made.seconds, epoch, stages=made.stages, number=made.number)

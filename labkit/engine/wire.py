@@ -1,7 +1,7 @@
 """What goes over the socket between a worker process and the parent.
 
 worker ─► parent    ("first", (spec, rows))     its first batch, before the memory is laid out
-                    C epoch rows seconds last slots  a chunk that lies in these slots of the
+                    C epoch number rows seconds last slots  a chunk that lies in these slots of the
                                                 ring; then what its stages took, if wanted
                     ("chunk", (arrays, ...))    a chunk of text, which no ring can hold
                     ("skipped", (...))          a batch that is left out
@@ -22,30 +22,36 @@ import numpy as np
 
 from labkit.engine.stage import Times
 
-_CHUNK = struct.Struct("<cqQd?I")
+_CHUNK = struct.Struct("<cqqQd?I")
 _EPOCH = struct.Struct("<cq")
 _SLOT = np.dtype("<u2")
 
 
 def pack_chunk(
-    epoch: int, rows: int, seconds: float, last: bool, slots: list[int], stages: Times | None
+    epoch: int,
+    number: int,
+    rows: int,
+    seconds: float,
+    last: bool,
+    slots: list[int],
+    stages: Times | None,
 ) -> bytes:
-    head = _CHUNK.pack(b"C", epoch, rows, seconds, last, len(slots))
+    head = _CHUNK.pack(b"C", epoch, number, rows, seconds, last, len(slots))
     head += np.array(slots, _SLOT).tobytes()
     return head if stages is None else head + pickle.dumps(stages, protocol=5)
 
 
 def unpack_chunk(
     data: bytes,
-) -> tuple[int, int, float, tuple[int, ...], bool, Times | None] | None:
-    """Epoch, rows, seconds, slots, last and stages; None if it is no chunk in a ring."""
+) -> tuple[int, int, int, float, tuple[int, ...], bool, Times | None] | None:
+    """Epoch, number, rows, seconds, slots, last and stages; None if it is no chunk in a ring."""
     if data[:1] != b"C":
         return None
-    _, epoch, rows, seconds, last, count = _CHUNK.unpack_from(data)
+    _, epoch, number, rows, seconds, last, count = _CHUNK.unpack_from(data)
     slots = np.frombuffer(data, _SLOT, count, _CHUNK.size)
     rest = data[_CHUNK.size + slots.nbytes :]
     stages = pickle.loads(rest) if rest else None
-    return epoch, rows, seconds, tuple(slots.tolist()), last, stages
+    return epoch, number, rows, seconds, tuple(slots.tolist()), last, stages
 
 
 def pack_free(slots: tuple[int, ...]) -> bytes:
