@@ -166,8 +166,9 @@ class Results:
             self.column(place, name, what) for what in ("cpu_seconds_per_step", "memory")
         )
         first = self.column(place, name, "first_batch")
+        kind = " of those that choose n" if entry["own_number"] else ""
         cells = [
-            name, f"{rate:.4g}", "**first**" if name == best else standing,
+            name, f"{rate:.4g}", standing if name != best else f"**first**{kind}",
             f"{rate / bound:.2f}" if bound else "", f"{cpu:.4f}" if cpu is not None else "",
             f"{memory / 1e6:.0f}" if memory else "", f"{first:.2f}" if first is not None else "",
             str(entry["lines"]), f"{entry['setting']}; {entry['version'] or 'labkit'}",
