@@ -50,9 +50,8 @@ class QueueRunner(Resumable):
         batch_size: samples that the model takes per step; free of the iterator's own chunk size.
         n_workers: how many workers, or "auto": grows and shrinks while it runs, up to
             `max_workers`, and prints each decision.
-        workers: "thread", for iterators that wait (disk, network); or "process", for iterators
-            that compute in Python and hold its lock (GIL). "auto" runs the iterator for a second
-            or two first, throws those batches away, takes what made more, and prints why.
+        workers: "thread", for iterators that wait (disk, network); "process", for those that hold
+            Python's lock (GIL); or "auto": tries both for a second or two ahead, and prints why.
         capacity: samples the queue can hold. Default: min_after_dequeue and as many again, 2000
             for batches of 250 and less.
         min_after_dequeue: samples that stay behind for mixing; training starts above it.
@@ -70,9 +69,8 @@ class QueueRunner(Resumable):
         seed: of the shuffling, of the order of a data set that is split by index, and of `seed` and
             `rng` of the iterator. None: drawn once.
         samples: of one pass over all workers, where you know it; `dataset()` then tells Keras how
-            long an epoch is, and a pass of another length is an error (not one that is shorter by
-            what was left out). Default: unknown, unless the factory has a `__len__` (in batches),
-            or a data set is read by sample.
+            long an epoch is, and a pass of another length is an error (not by what was left out).
+            Default: that of a data set read by sample, or of a factory's `__len__` (in batches).
         reuses_buffers: the iterator may write into an array again after it has yielded it, so a
             thread copies what anybody else refers to. False saves that copy. Default True.
         order: "any", as batches come; or "fixed": with the same seed (none is 0) and n_workers the
