@@ -234,7 +234,7 @@ def main(task_file: str, result_file: str) -> None:
     except Exception as error:
         summary, traceback = describe(error)
         print(traceback, file=sys.stderr)
-        found = {"error": summary}
+        found = {"error": summary.splitlines()[0][:300]}
     Path(result_file + ".part").write_text(json.dumps(found))
     os.replace(result_file + ".part", result_file)
 

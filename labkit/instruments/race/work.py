@@ -3,8 +3,8 @@ worker processes import it."""
 
 import io
 import pickle
-import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import count
@@ -147,32 +147,27 @@ class Numbered:
 
 
 class Own:
-    """A factory of the user's. `make` takes a thread's next batch, whatever its number: those who
-    map over an index then do the same work, though each on its own."""
+    """A factory of the user's. `make` takes the next batch of any of its iterators that is free,
+    whatever the number: those who map over an index then do the same work, each iterator over the
+    whole of the data."""
 
     def __init__(self, factory: Any) -> None:
         self.factory = factory
-        self._clear()
+        self._free: deque[Iterator[Batch]] = deque()
 
-    def _clear(self) -> None:
-        self._own, self._threads, self._lock = threading.local(), count(), threading.Lock()
-
-    def __getstate__(self) -> dict[str, Any]:
+    def __reduce__(self) -> tuple[Any, ...]:
         import cloudpickle  # for peers that pickle by Python's own, which knows no lambda
 
-        return {"code": cloudpickle.dumps(self.factory)}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.factory = pickle.loads(state["code"])
-        self._clear()
+        return _own, (cloudpickle.dumps(self.factory),)
 
     def __call__(self, number: int) -> Batch:
-        own = self._own
-        if not hasattr(own, "batches"):
-            with self._lock:
-                worker = next(self._threads)
-            own.batches = self.passes(worker, worker + 1)
-        return next(own.batches)
+        try:
+            batches = self._free.pop()
+        except IndexError:
+            batches = self.passes(0, 1)
+        batch = next(batches)
+        self._free.append(batches)
+        return batch
 
     def passes(self, worker: int, n_workers: int) -> Iterator[Batch]:
         """One pass after the other, without end."""
@@ -184,6 +179,10 @@ class Own:
                 yield tuple(batch) if isinstance(batch, (tuple, list)) else (batch,)
             if nothing:
                 raise ValueError("race: the iterator ended before its first batch.")
+
+
+def _own(code: bytes) -> Own:
+    return Own(pickle.loads(code))
 
 
 def rows(folder: Path) -> list[Row]:
