@@ -37,6 +37,7 @@ _HOME = {
     "load_report": "instruments.compare",
     "compare": "instruments.compare",
     "audit": "instruments.audit",
+    "race": "instruments.race.track",
     "watch": "instruments.watch",
 }
 # Modules by the names that they had, or have for short: each is the one, or all, that came of it.

@@ -51,7 +51,8 @@ class QueueRunner(Resumable):
         n_workers: how many workers, or "auto": grows and shrinks while it runs, up to
             `max_workers`, and prints each decision.
         workers: "thread", for iterators that wait (disk, network); or "process", for iterators
-            that compute in Python and hold its lock (GIL).
+            that compute in Python and hold its lock (GIL). "auto" runs the iterator for a second
+            or two first, throws those batches away, takes what made more, and prints why.
         capacity: samples the queue can hold. Default: min_after_dequeue and as many again, 2000
             for batches of 250 and less.
         min_after_dequeue: samples that stay behind for mixing; training starts above it.
@@ -100,7 +101,7 @@ class QueueRunner(Resumable):
         iterator: Any,
         batch_size: int = 32,
         n_workers: int | Literal["auto"] = 1,
-        workers: Literal["thread", "process"] = "thread",
+        workers: Literal["thread", "process", "auto"] = "thread",
         capacity: int | None = None,
         min_after_dequeue: int | None = None,
         spec: Any = None,
@@ -365,6 +366,7 @@ class QueueRunner(Resumable):
                     if self._feeder.owes_an_error:
                         self._feeder.raise_if_failed()
                     self._feeder.stop()
+                self._options.choose_kind()
                 with interrupts.held_back():
                     feeder = self._feeder = self._options.feeder(
                         self.n_workers, spec, self._place.newest + 1, self._place.resumed

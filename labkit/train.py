@@ -76,9 +76,8 @@ def train(
         order: of the queue's batches, see `QueueRunner`. "fixed", on a CPU and with `pools` of 1
             and 1, gives the same losses, step by step, in each run; on a GPU only after
             `tf.config.experimental.enable_op_determinism()`.
-        checkpoint: a folder in which variables and the place in the data are saved after each
-            epoch, after each `save_every` steps of one, and on Ctrl-C. A run of the same settings
-            that finds them there goes on with the next batch. Only "queue"; its order is "fixed".
+        checkpoint: a folder to save in after each epoch, each `save_every` steps, and on Ctrl-C;
+            the same settings go on from there, batch for batch. For "queue", in "fixed" order.
 
     Returns:
         A `History`.

@@ -1,7 +1,9 @@
 """What every test shares: a check that nothing is left running, and a data set of a few digits."""
 
 import faulthandler
+import gc
 import threading
+from dataclasses import replace
 
 import numpy as np
 import psutil
@@ -29,12 +31,18 @@ def pytest_xdist_make_scheduler(config, log):
 def pytest_collection_modifyitems(items):
     """The notebooks first, which take longest: the other process has the rest meanwhile.
 
-    Diagnosis last: after all of its tests something, not found yet, keeps the iterator of an error
-    in test_faults and test_lifetime, which they count as left behind. Alone, or after any part of
-    its tests, none is kept.
+    Diagnosis last: after all of it something, not found yet, keeps the iterator of an error in
+    test_faults and test_lifetime, which they count as left behind. Alone, or after any part of its
+    tests, none is kept.
     """
     late = {"test_notebooks": -1, "test_diagnosis": 1}
     items.sort(key=lambda item: next((late[name] for name in late if name in item.nodeid), 0))
+
+
+def pytest_collection_finish():
+    """TensorFlow's own million objects stay anyway: without them, looking for garbage is quick."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)
@@ -48,6 +56,17 @@ def nothing_left_running():
     faulthandler.cancel_dump_traceback_later()
     assert not [thread.name for thread in _labkit_threads() - threads]
     assert not set(me.children(recursive=True)) - children
+
+
+@pytest.fixture
+def few_settings(monkeypatch):
+    """Of diagnose, as few runs as there can be, for tests that look at no rates."""
+    from labkit.engine import KINDS
+
+    for name, kind in KINDS.items():
+        monkeypatch.setitem(KINDS, name, replace(kind, limit=lambda: 2))
+    monkeypatch.setattr("labkit.instruments.diagnosis._ROUNDS", 1)
+    monkeypatch.setattr("labkit.instruments.laws._A_CORE", 1)
 
 
 @pytest.fixture(params=[in_graph, in_dataset], ids=["graph", "eager"])

@@ -3,6 +3,8 @@
 from labkit.quiet import tf
 
 v1 = tf.compat.v1
+# For what takes a second or two on an idle machine, and 60 s or for ever if it hangs.
+IN_SECONDS = 20.0
 
 
 def in_graph(runner, n_threads=None, steps=None, seen=None):

@@ -2,6 +2,8 @@
 
 import threading
 
+import numpy as np
+
 
 def taking_turns(batches):
     """A factory whose workers take their batches from one iterator."""
@@ -16,3 +18,19 @@ def taking_turns(batches):
             yield batch
 
     return factory
+
+
+def light(worker=0):
+    """Batches that cost nothing, without an end."""
+    while True:
+        yield np.zeros((8, 4), np.float32), np.zeros((8, 1), np.float32)
+
+
+def heavy(work):
+    """The same, with `work` in each."""
+
+    def batches():
+        for images, labels in light():
+            yield work(images, labels)
+
+    return batches

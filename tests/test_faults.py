@@ -30,13 +30,13 @@ import pytest
 from labkit import Component, QueueRunner, WorkerError
 from labkit.engine import tf_queue
 from labkit.quiet import tf
-from tests.consumers import in_dataset, in_graph
+from tests.consumers import IN_SECONDS, in_dataset, in_graph
 
 v1 = tf.compat.v1
 REPEATS = int(os.environ.get("LABKIT_REPEATS", "2"))
 SMALL = {"capacity": 64, "min_after_dequeue": 8}
 SPEC = (Component("index", (), np.int64), Component("pair", (2,), np.float32))
-_HANGS_AFTER = 30.0
+_HANGS_AFTER = 100.0
 
 
 def pytest_generate_tests(metafunc):
@@ -76,7 +76,8 @@ def what_is_open():
     return {
         "threads": sorted(t.name for t in threading.enumerate() if t.name.startswith("labkit")),
         "child processes": sorted(child.pid for child in psutil.Process().children(True)),
-        "/dev/shm": sorted(os.listdir("/dev/shm")),
+        # Other programs have their own there.
+        "/dev/shm": sorted(f for f in os.listdir("/dev/shm") if f.startswith("labkit")),
         "shared memory": segments,
         "file descriptors": sorted(os.listdir("/proc/self/fd"), key=int)[:-1],
         "wake-up descriptor": wakeup_descriptor(),
@@ -104,11 +105,9 @@ def tensorflow_is_warm():
     for workers in ("thread", "process"):
         in_graph(QueueRunner(once, 8, workers=workers, **SMALL))
         in_dataset(QueueRunner(once, 8, workers=workers, **SMALL))
-    # Each test collects garbage, to see what stays; TensorFlow's own million objects stay anyway.
+    # Each test collects garbage, to see what stays.
     gc.collect()
     gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 @pytest.fixture(scope="module")
@@ -258,7 +257,7 @@ def test_a_worker_that_is_killed_is_named_with_its_signal(consume, repeat, tmp_p
     error = error_of(
         lambda: consume(QueueRunner(good_until(killed, last), 8, 2, "process", **SMALL))
     )
-    assert time.time() - float(killed_at.read_text()) < 2.0
+    assert time.time() - float(killed_at.read_text()) < IN_SECONDS
     assert error.worker == 1
     assert "worker 1 was killed by signal 9 (SIGKILL)" in str(error)
 
@@ -279,11 +278,11 @@ def test_a_worker_that_is_killed_from_outside_while_it_waits(repeat):
                 with pytest.raises(tf.errors.OutOfRangeError):
                     while True:
                         sess.run(inputs)
-                assert time.monotonic() - began < 2.0
+                assert time.monotonic() - began < IN_SECONDS
 
 
 def test_a_stall_is_shown_with_the_line_that_it_stands_at(workers, consume, repeat):
-    seconds, timeout = (1.2, 0.5) if workers == "thread" else (3600.0, 1.0)
+    seconds, timeout = (1.2, 0.5) if workers == "thread" else (3600.0, 3.0)
 
     def stalled():
         time.sleep(seconds)  # where it stands
@@ -318,7 +317,7 @@ def test_a_worker_process_that_is_suspended(repeat):
 
         os.kill(os.getpid(), signal.SIGSTOP)
 
-    runner = QueueRunner(good_until(suspended, 5), 8, 2, "process", timeout=1.0, **SMALL)
+    runner = QueueRunner(good_until(suspended, 5), 8, 2, "process", timeout=3.0, **SMALL)
     error = error_of(lambda: in_graph(runner))
     assert error.worker == 1 and "did not answer" in str(error)
 
@@ -417,7 +416,7 @@ def test_stop_while_starting(workers, consume, repeat):
     except (WorkerError, tf.errors.OpError) as error:
         assert "stopped" in str(error) or "closed" in str(error) or "cancelled" in str(error)
     thread.join()
-    assert took[0] < 2.5
+    assert took[0] < IN_SECONDS
     runner.stop()
 
 
@@ -434,7 +433,7 @@ def test_stop_while_the_first_batch_is_awaited(workers, consume, repeat):
     with pytest.raises(WorkerError, match="stopped"):
         consume(runner)
     thread.join()
-    assert time.monotonic() - began < 2.5 and took[0] < 2.2
+    assert time.monotonic() - began < IN_SECONDS and took[0] < IN_SECONDS
 
 
 def test_stop_at_once_after_start(workers, repeat):
@@ -508,7 +507,7 @@ def test_an_interrupt_that_gets_lost_while_data_flow(workers, consume, repeat):
     began = time.monotonic()
     with pytest.raises(WorkerError, match="dropped the KeyboardInterrupt"):
         consume(QueueRunner(endless(0.001), 8, 2, workers, **SMALL), seen=Drops())
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - began < IN_SECONDS
 
 
 @pytest.mark.parametrize("step", ["inputs", "attach"])
@@ -555,7 +554,7 @@ def test_an_interrupt_that_leaves_the_graph_locked(workers, repeat):
     began = time.monotonic()
     with pytest.raises(KeyboardInterrupt):
         in_graph(QueueRunner(endless(0.001), 8, 2, workers, **SMALL), seen=Locks())
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - began < IN_SECONDS
 
 
 @pytest.mark.parametrize(
@@ -577,7 +576,7 @@ def test_an_interrupt_while_blocked_on_an_empty_queue(workers, consume, repeat):
     with pytest.raises(KeyboardInterrupt):
         consume(QueueRunner(dries_up, 8, 1, workers, **SMALL))
     sender.join()
-    assert time.monotonic() - began < 4.5
+    assert time.monotonic() - began < IN_SECONDS
 
 
 PROGRAM = """
@@ -610,10 +609,6 @@ def program(tmp_path_factory):
     return path
 
 
-# One that hangs never ends; TensorFlow's own end takes 2 s, and several times that on busy cores.
-_ENDS_WITHIN = 20
-
-
 def test_a_program_ends_on_ctrl_c(program, repeat):
     """In turn: processes and threads; data that flow, and a wait on an empty queue."""
     workers, pause = ("process", "thread")[repeat % 2], (1.0, 0.001)[repeat // 2 % 2]
@@ -634,10 +629,10 @@ def test_a_program_ends_on_ctrl_c(program, repeat):
     family = psutil.Process(running.pid).children(recursive=True)
     running.send_signal(signal.SIGINT)
     try:
-        _, errors = running.communicate(timeout=_ENDS_WITHIN)
+        _, errors = running.communicate(timeout=IN_SECONDS)
     except subprocess.TimeoutExpired:
         running.send_signal(signal.SIGABRT)
-        late = f"it still ran {_ENDS_WITHIN} s after the interrupt:\n"
+        late = f"it still ran {IN_SECONDS} s after the interrupt:\n"
         pytest.fail(late + running.communicate()[1])
     assert "KeyboardInterrupt" in errors
     assert running.returncode in (-signal.SIGINT, 1)

@@ -32,6 +32,7 @@ KNOWN = [
     "from labkit.train import History, describe_machine, train",
     "from labkit.model import model_fn",
     "import labkit; labkit.diagnose, labkit.audit, labkit.Component",
+    "from labkit import race; import labkit; labkit.race",
 ]
 
 
@@ -100,6 +101,16 @@ def test_import_labkit_loads_no_heavy_package():
     assert alone(f"import sys, labkit; print({heavy} & set(sys.modules))") == "set()"
     timer = "import sys; from labkit import StepTimer"
     assert alone(f"{timer}; print({heavy} & set(sys.modules))") == "set()"
+
+
+def test_the_race_imports_no_contestant_and_is_a_function_after_its_module_is_imported():
+    program = """
+import sys, labkit.race
+print({'tensorflow', 'keras', 'torch', 'grain', 'spdl', 'ray'} & set(sys.modules))
+try: labkit.race(rounds=0)
+except ValueError: print(labkit.race.race is labkit.instruments.race.track.race)
+"""
+    assert alone(program).split() == ["set()", "True"]
 
 
 def test_every_name_offered_is_there():

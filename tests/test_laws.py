@@ -24,7 +24,9 @@ EXCEPTIONS: dict[str, set[str]] = {
     "lines of a function": set(),
     "attributes of a class": set(),
 }
-TOO_MUCH_IN_ALL, TOO_MUCH_IN_THE_LESSON = 7450, 150
+# Of which the race has 1,500: a contestant is what a user of that library would write, so it cannot
+# be shared; the law of files and functions holds for it as for all.
+TOO_MUCH_IN_ALL, TOO_MUCH_IN_THE_LESSON = 9000, 150
 
 READ_FIRST = ("data", "workloads", "queue_runner", "model", "train")
 LESSON = {*READ_FIRST, "cli"}
@@ -42,6 +44,7 @@ LAW = [
     ({"keras"}, {"lesson", "engine", *COMMON}),
     ({"queue_runner"}, {"lesson", "sources", "engine", *COMMON, "instruments.live"}),
     ({"diagnose"}, {"instruments.diagnosis"}),
+    ({"race"}, {"instruments.race.track"}),
     ({"lesson"}, {"lesson", "sources", "engine", *COMMON}),
     ({"engine.tf_queue"}, {"engine", *COMMON}),
     ({"engine"}, {"engine", "machine", "checks"}),
@@ -64,6 +67,8 @@ ONLY = [
     ({"instruments.live", "instruments.magics"}, {"IPython"}),
     ({"instruments.fits"}, set()),
     ({"instruments.keep", "instruments.compare", "instruments.command"}, set()),
+    ({"instruments.race.table", "instruments.race.command", "instruments.race.entry"}, set()),
+    ({"instruments.race.work"}, {"numpy", "PIL", "cloudpickle"}),
     ({"engine.stage", "instruments.stages"}, set()),
     ({"instruments.laws", "instruments.audit", "instruments.reading"}, {"numpy"}),
 ]

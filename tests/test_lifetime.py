@@ -163,7 +163,7 @@ def test_the_queue_of_a_pass_costs_no_memory(seed, request):
 
     passes(200)
     # A kernel that TensorFlow keeps for each would be 37 KB, each time; other noise comes and goes.
-    assert min(grown() for _ in range(5)) < 10_000
+    assert any(grown() < 10_000 for _ in range(5))
 
 
 # -- programs ------------------------------------------------------------------------------------

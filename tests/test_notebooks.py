@@ -40,8 +40,11 @@ del WORK["NumPy"]""",
     # More good batches than the queue holds, and time for a process to start on a busy machine:
     # the loop must have had a batch before the fault, or there is nothing to plot.
     "06_when_things_break": "GOOD, PACE, GUARD, TIMEOUT = 20, 0.005, 2.0, 1.0",
-    "07_your_own_data": """FILES, EPOCHS, LATENCY = 384, 3, 0.005
-DIAGNOSE, CHECK, AUTO = 0.5, 0.1, 1""",
+    "07_your_own_data": """FILES, SIDE, EPOCHS, LATENCY, DIAGNOSE = 192, 56, 1, 0.002, 0.2
+import dataclasses
+from labkit.engine import KINDS
+KINDS["thread"] = dataclasses.replace(KINDS["thread"], limit=lambda: 2)""",
+    "recipes": "SAMPLES, HELD_OUT, EPOCHS = 160, 32, 1",
 }
 STATE = """
 import ctypes, gc, threading, psutil
@@ -126,7 +129,13 @@ def test_a_notebook_that_is_opened_and_saved_stays_as_it_was(name):
     assert not timed, "make it again as CONTRIBUTING.md says"
 
 
-@pytest.mark.parametrize("name", SMALL)
+# One of each kind in every run: a graph, faults and processes, Keras.
+OFTEN = ("02_threaded_queue", "06_when_things_break", "07_your_own_data")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=() if n in OFTEN else pytest.mark.slow) for n in SMALL]
+)
 def test_run_all_again_and_after_an_interrupt(name, kernel, tmp_path):
     book = nbformat.read(NOTEBOOKS / f"{name}.ipynb", 4)
     first, *rest = [cell.source for cell in book.cells if cell.cell_type == "code"]

@@ -335,16 +335,17 @@ def test_a_length_in_batches_serves_where_it_tells_the_length_in_samples():
 
 
 STRATEGY = """
+import labkit
 import numpy as np
-from labkit import QueueRunner
 from labkit.quiet import tf
 
 cpus = tf.config.list_physical_devices("CPU")
 tf.config.set_logical_device_configuration(cpus[0], [tf.config.LogicalDeviceConfiguration()] * 2)
 
 def factory(worker, n_workers):
-    for _ in range(worker, 20, n_workers):
-        yield np.ones((32, 1), np.float32), np.ones((32, 1), np.float32)
+    for number in range(worker, 20, n_workers):
+        part = np.arange(32 * number, 32 * number + 32, dtype=np.float32)[:, None] / 640
+        yield part, part
 
 class Steps(tf.keras.callbacks.Callback):
     counts = []
@@ -353,21 +354,25 @@ class Steps(tf.keras.callbacks.Callback):
     def on_train_batch_end(self, batch, logs=None):
         self.counts[-1] += 1
 
-with tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"]).scope():
-    model = tf.keras.Sequential([tf.keras.Input((1,)), tf.keras.layers.Dense(1)])
-    model.compile("sgd", "mse")
-for known in ({}, {"samples": 640}):
-    with QueueRunner(factory, 32, 2, capacity=200, min_after_dequeue=64, **known) as runner:
-        data = runner.dataset()
-        for _ in range(2):
-            model.fit(data, epochs=2, verbose=0, shuffle=False, callbacks=[Steps()])
-print(Steps.counts)
+losses, kept = [], labkit.watch()
+options = {"capacity": 200, "min_after_dequeue": 64, "order": "fixed"}
+for callbacks in ([Steps()], [Steps(), kept]):
+    tf.keras.utils.set_random_seed(1)
+    with tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"]).scope():
+        model = tf.keras.Sequential([tf.keras.Input((1,)), tf.keras.layers.Dense(1)])
+        model.compile("sgd", "mse")
+    for known in ({}, {"samples": 640}):
+        with labkit.QueueRunner(factory, 32, 2, **options, **known) as runner:
+            given = {"epochs": 2, "verbose": 0, "shuffle": False, "callbacks": callbacks}
+            losses.append(model.fit(runner.dataset(), **given).history["loss"])
+print(Steps.counts, losses[:2] == losses[2:], [epoch.steps for epoch in kept.epochs])
 """
 
 
-def test_under_a_mirrored_strategy_each_epoch_is_whole(tmp_path):
+def test_under_a_mirrored_strategy_each_epoch_is_whole_and_watch_changes_no_loss(tmp_path):
     done = run_program(STRATEGY, tmp_path)
-    assert done.stdout.splitlines()[-1:] == [str([20] * 8)], done.stdout + done.stderr
+    expected = f"{[20] * 8} True [19, 20]"
+    assert done.stdout.splitlines()[-1:] == [expected], done.stdout + done.stderr
 
 
 def test_a_session_that_had_the_queue_before_is_refused(workers):

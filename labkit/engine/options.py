@@ -15,6 +15,7 @@ from labkit.engine.feeder import Feeder, Terms
 from labkit.engine.pool import Job
 from labkit.engine.produce import IteratorFactory
 from labkit.engine.record import AHEAD
+from labkit.engine.trial import chosen_kind
 from labkit.engine.turns import Order, Resumed
 
 
@@ -56,7 +57,8 @@ class Options:
         def check(name: str, fits: bool, what: str) -> None:
             expect(fits, f"QueueRunner: {name} must be {what}", getattr(self, name))
 
-        check("workers", self.workers in KINDS, " or ".join(map(repr, KINDS)))
+        kinds = (*KINDS, "auto")
+        check("workers", self.workers in kinds, " or ".join(map(repr, kinds)))
         ways = ("raise", "continue", "skip")
         check("on_error", self.on_error in ways, "'raise', 'continue' or 'skip'")
         most = self.max_skipped
@@ -111,6 +113,13 @@ class Options:
         self.check_memory(spec)
         size, least = self.capacity - self._mixed, self.min_after_dequeue - self._mixed
         return spec, self.batch_size, size, least, self.seed, self._queue_mixes
+
+    def choose_kind(self) -> None:
+        """Makes workers="auto" the kind that a trial finds, and prints why; once."""
+        if self.workers == "auto":
+            kind, why = chosen_kind(self.iterator, self.reuses_buffers)
+            print(f"QueueRunner: workers='auto': {KINDS[kind].plural}: {why}", flush=True)
+            object.__setattr__(self, "workers", kind)
 
     def feeder(
         self,

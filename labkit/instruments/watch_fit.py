@@ -120,7 +120,9 @@ class FitWatch(tf.keras.callbacks.Callback):
         """Keras's train_function, with the batches taken, and timed, outside of it."""
         first = not self._calls
         taker = self._taker = self._taker or Taker(iterator, self.model)
-        ahead = self._slowing.calls_to_hold(self._calls, self._calls_left())
+        # An epoch that is held for as a whole would have no share.
+        begun = self.epochs[-1].calls > 0
+        ahead = self._slowing.calls_to_hold(self._calls, self._calls_left()) if begun else 0
         if ahead:
             taker.hold(iterator, ahead)
         held = bool(taker.held)

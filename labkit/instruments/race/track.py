@@ -1,0 +1,227 @@
+"""`labkit.race`: starts every contestant anew in a process of its own, interleaved, in rounds."""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import uuid
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from labkit.checks import expect, is_integer, is_number
+from labkit.instruments.race import group, lane
+from labkit.instruments.race.entry import CONTESTANTS, Contestant
+from labkit.instruments.race.lane import ALONE, CONSTANT, Task
+from labkit.instruments.race.table import Results
+from labkit.instruments.race.work import Own, Row
+from labkit.instruments.race.work import rows as all_rows
+from labkit.machine import usable_cores
+
+_SETTLE, _ADAPT, _START = 2.0, 8.0, 0.7  # seconds to warm up; to find a number; a process's start
+_IMPORTS = 8.0  # seconds that a process takes to import and to build the model, about
+_PATIENCE = 120.0  # seconds beyond what a run should take
+# Ray would ask the network, and keep a token in the user's home.
+_QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "disabled"}
+
+
+class Heat(NamedTuple):
+    """One run that is to come."""
+
+    row: Row
+    n: int
+    name: str
+
+    @property
+    def settle(self) -> float:
+        entry = CONTESTANTS.get(self.name)
+        if entry is None:
+            return _SETTLE
+        return _ADAPT if entry.own_number else _SETTLE + _START * self.n * entry.processes
+
+    @property
+    def place(self) -> str:
+        """The row and its number of workers, as the table has it."""
+        return f"{self.row.name}, {self.n} worker{'s' * (self.n > 1)}"
+
+
+def race(
+    iterator: Any = None,
+    step: Any = None,
+    *,
+    rows: Iterable[str] | None = None,
+    contestants: Iterable[str] | None = None,
+    rounds: int = 3,
+    seconds: float = 3.0,
+    json: str | Path | None = None,
+    progress: bool = True,
+) -> Results:
+    """Runs one generator and one model through every way of feeding that there is on this machine.
+
+    Each run is a process of its own, started anew; the contestants of a row take turns, `rounds`
+    times, and what a run has started is ended before the next one begins.
+
+    Args:
+        iterator: your iterator factory, as for `QueueRunner`. Default: labkit's own rows.
+        step: a training step, called as step(batch) or step(x, y); a compiled Keras model; or the
+            seconds per step. It goes to other processes by cloudpickle. Default: labkit's CNN, for
+            images `[batch, height, width, channels]` and one-hot labels `[batch, 10]`.
+        rows: parts of the names of the rows to run, as "JPEG". Default: all.
+        contestants: parts of the names of the contestants to run, as "labkit". Default: all.
+        rounds: how often each contestant runs in each row.
+        seconds: that are counted in each run, after a warm-up.
+        json: a file for the results, written anew after each run.
+        progress: print how long it will take, and each run.
+
+    Returns:
+        the results: print them, or look at `.data`; `.best_of`, `.save` and `.plot`.
+
+    Raises:
+        ValueError: an argument is not as above, or nothing bears a name that was given.
+        TypeError: the iterator or the step cannot be sent to another process.
+    """
+    expect(is_integer(rounds, 1), "race: rounds must be an integer >= 1", rounds)
+    expect(is_number(seconds) and seconds > 0, "race: seconds must be a number > 0", seconds)
+    with tempfile.TemporaryDirectory(prefix="labkit-race-") as folder:
+        home = Path(folder)
+        chosen = _rows(iterator, home) if iterator is not None else _picked(
+            "rows", {row.name: row for row in all_rows(home)}, rows
+        )  # fmt: skip
+        entered = _picked("contestants", CONTESTANTS, contestants)
+        kind = "cnn" if step is None else "keras" if hasattr(step, "train_on_batch") else "other"
+        results = Results.of(rounds, seconds)
+        heats = list(_heats(chosen, entered, kind, results))
+        if progress:
+            print(_announced(heats, results, rounds, seconds), flush=True)
+        for number in range(rounds):
+            for at, heat in enumerate(_in_turn(heats, number)):
+                found = run(heat, step, seconds, home)
+                results.note(heat.place, heat.name, number, found)
+                if progress:
+                    done = f"{number * len(heats) + at + 1}/{rounds * len(heats)}"
+                    print(f"{done} {heat.place}: {heat.name}: {_said(found)}", flush=True)
+                if json is not None:
+                    results.save(json)
+        results.data["complete"] = True
+        if json is not None:
+            results.save(json)
+        return results
+
+
+def _rows(iterator: Any, home: Path) -> list[Row]:
+    from labkit.sources import as_factory
+
+    factory = as_factory(iterator)
+    name = getattr(iterator, "__qualname__", type(iterator).__name__)
+    return [Row(name, Own(factory), (usable_cores(),))]
+
+
+def _picked(what: str, known: dict[str, Any], parts: Iterable[str] | None) -> list[Any]:
+    if parts is None:
+        return list(known.values())
+    parts = [parts] if isinstance(parts, str) else list(parts)
+    for part in parts:
+        fits = isinstance(part, str) and any(part.lower() in name.lower() for name in known)
+        expect(fits, f"race: {what} must be parts of the names {', '.join(known)}", part)
+    wanted = [name for name in known if any(part.lower() in name.lower() for part in parts)]
+    return [known[name] for name in wanted]
+
+
+def _heats(
+    chosen: list[Row], entered: list[Contestant], step: str, results: Results
+) -> Iterator[Heat]:
+    for row in chosen:
+        for n in row.workers:
+            place = Heat(row, n, "").place
+            results.enter(place, row.name, n, row.mixed)
+            for name in (CONSTANT, ALONE):
+                yield Heat(row, n, name)
+            for entry in entered:
+                reason = entry.left_out(row, n, usable_cores(), step)
+                if not reason and (entry.alone or entry.own_number) and n != row.workers[0]:
+                    first = Heat(row, row.workers[0], "").place
+                    reason = f"runs once, in the row {first}: n is nothing to it"
+                results.contestant(place, entry, n, reason)
+                if not reason:
+                    yield Heat(row, n, entry.name)
+
+
+def _in_turn(heats: list[Heat], number: int) -> list[Heat]:
+    """Each round begins with another contestant, so that none always follows the same one."""
+    found = []
+    for place in dict.fromkeys(heat.place for heat in heats):
+        those = [heat for heat in heats if heat.place == place]
+        shift = number * max(1, len(those) // 3) % len(those)
+        found += those[shift:] + those[:shift]
+    return found
+
+
+def _announced(heats: list[Heat], results: Results, rounds: int, seconds: float) -> str:
+    took = rounds * sum(_IMPORTS + heat.settle + seconds + 1 for heat in heats)
+    names = {heat.name for heat in heats} - {CONSTANT, ALONE}
+    absent = sorted({r for row in results.data["rows"].values() for r in row["left_out"].values()})
+    absent = [reason for reason in absent if reason.endswith("is not installed")]
+    return (
+        f"labkit.race: {len(results.data['rows'])} rows, {len(names)} contestants, {rounds} rounds:"
+        f" {rounds * len(heats)} runs, about {took / 60:.0f} min."
+        + "".join(f"\nlabkit.race: not run: {reason}." for reason in absent)
+    )
+
+
+def _said(found: dict[str, Any]) -> str:
+    return found.get("error") or f"{found['steps_per_second']:.4g} steps/s"
+
+
+def run(
+    heat: Heat, step: Any, seconds: float, home: Path, steps: int | None = None
+) -> dict[str, Any]:
+    """Runs one contestant in a process of its own; what it found, or {"error": why not}. All that
+    it has started is ended, and waited for, when this returns."""
+    mark = uuid.uuid4().hex
+    task_file, result_file, log = (home / f"{mark}.{end}" for end in ("task", "json", "log"))
+    task = Task(heat.name, heat.row, heat.n, step, heat.settle, seconds, steps)
+    try:
+        task_file.write_bytes(_pickled(task))
+    except Exception as error:
+        raise TypeError(
+            "race: the iterator and the step are sent to a process of each contestant's own, and "
+            f"cannot be pickled ({error}). Open files, and make models, inside of them."
+        ) from error
+    path = os.pathsep.join(part for part in sys.path if part)
+    environment = {**os.environ, **_QUIET, group.MARK: mark, "PYTHONPATH": path}
+    command = [sys.executable, "-m", lane.__name__, str(task_file), str(result_file)]
+    most = _IMPORTS + heat.settle + seconds + _PATIENCE
+    with log.open("wb") as file:
+        lap = subprocess.Popen(
+            command, env=environment, stdin=subprocess.DEVNULL, stdout=file, stderr=file,
+            start_new_session=True,
+        )  # fmt: skip
+        try:
+            lap.wait(most)
+            left = 2.0
+        except subprocess.TimeoutExpired:
+            left = 0.0
+        except BaseException:
+            group.end(mark, 0.0)
+            raise
+        try:
+            stubborn = group.end(mark, left)
+        finally:
+            lap.wait()
+    if result_file.exists():
+        found = json.loads(result_file.read_text())
+    elif not left:
+        found = {"error": f"no result within {most:.0f} s, expected one in {most - _PATIENCE:.0f}"}
+    else:
+        last = log.read_text(errors="replace").strip().splitlines()[-1:]
+        found = {"error": f"its process ended with {lap.returncode}: {''.join(last)[:200]}"}
+    if stubborn:
+        found["left_running"] = stubborn
+    return found
+
+
+def _pickled(task: Task) -> bytes:
+    import cloudpickle
+
+    return cloudpickle.dumps(task)

@@ -1,0 +1,203 @@
+"""The race: every contestant that is installed runs, and what the table says follows from it."""
+
+import json
+import os
+import subprocess
+import sys
+import threading
+from functools import partial
+
+import cloudpickle
+import numpy as np
+import pytest
+
+import labkit
+from labkit.instruments import plots
+from labkit.instruments.race import group, lane, track, work
+from labkit.instruments.race.command import main
+from labkit.instruments.race.entry import CONTESTANTS, Contestant
+from labkit.instruments.race.table import Results
+
+cloudpickle.register_pickle_by_value(sys.modules[__name__])
+SIZE, STEPS = 4, 20
+HERE = [e for e in CONTESTANTS.values() if not e.missing()]
+PEERS = {"torch", "grain", "spdl", "ray"}
+
+
+class Leaves(work.Numbered):
+    """Leaves a process behind, which has nothing to do with its parent any more."""
+
+    def __call__(self, number):
+        if number == 0:
+            subprocess.Popen(["sleep", "300"], start_new_session=True)
+        return super().__call__(number)
+
+
+def row(make=None):
+    return work.Row("numbered", make or work.Numbered(), (2,), trains=False)
+
+
+def in_its_own_process(entry):
+    return entry.package in PEERS or (entry.in_fit and entry.processes)
+
+
+@pytest.mark.parametrize("entry", HERE, ids=lambda entry: entry.name)
+def test_each_contestant_delivers_whole_batches_and_no_sample_twice(entry, monkeypatch, tmp_path):
+    assert entry.setting and entry.lines > 1
+    if in_its_own_process(entry):
+        heat = track.Heat(row(None if entry.package in PEERS else Leaves()), 2, entry.name)
+        found = track.run(heat, None, 1.0, tmp_path, steps=STEPS)
+        left = found.pop("left_running", 0)
+        assert found == {"samples": STEPS * SIZE}
+        assert left > 0 or entry.package in PEERS
+        marks = [file.stem for file in tmp_path.glob("*.task")]
+        assert len(marks) == 1 and not group.members(marks[0])
+        return
+    seen = []
+
+    def step(self, *batch):
+        seen.append([np.array(part) for part in batch])
+        stepped(self, *batch)
+
+    stepped = lane.Lap.step
+    monkeypatch.setattr(lane.Lap, "step", step)
+    # To try processes, too, takes it 10 s.
+    monkeypatch.setattr(labkit, "diagnose", partial(labkit.diagnose, workers="thread"))
+    model = None if entry.graph or entry.in_fit else 1e-6
+    lap = lane.drive(lane.Task(entry.name, row(), 2, model, 0.0, 1.0, STEPS))
+    assert lap.samples == STEPS * SIZE
+    if entry.in_fit:
+        return
+    assert [len(images) for images, _ in seen] == [SIZE] * STEPS
+    assert all(np.array_equal(images[:, 1, 1, 0], numbers) for images, numbers in seen)
+    assert len({float(n) for _, numbers in seen for n in numbers}) == STEPS * SIZE
+
+
+def test_a_lap_counts_steps_processors_memory_and_the_first_batch(monkeypatch):
+    task = lane.Task("serial loop", row(), 1, 1e-3, 0.05, 0.2)
+    found = lane.drive(task).result
+    assert 0 < found["steps_per_second"] < 1000
+    assert 0 <= found["cpu_seconds_per_step"] < 1 and 0 <= found["first_batch"] < 60
+    assert found["memory"] > 1e6 and found["processes"] == 1
+    monkeypatch.setitem(CONTESTANTS, "none", Contestant("none", lambda row, n, lap: None))
+    with pytest.raises(RuntimeError, match="none ended after 0 steps"):
+        lane.drive(task._replace(contestant="none"))
+
+
+def made():
+    """A race that nobody ran, with round numbers."""
+    results = Results.of(3, 1.0)
+    results.data["machine"]["cores"] = 2
+    results.enter("a, 2 workers", "a", 2, True)
+    names = {"labkit auto": [99, 98, 90], "labkit threads": [80, 101, 85], "serial loop": [50] * 3,
+             "tf.data map, own pool": [100, 100, 100]}  # fmt: skip
+    for name in CONTESTANTS:
+        reason = "" if name in names else "it is left out here"
+        results.contestant("a, 2 workers", CONTESTANTS[name], 2, reason)
+    for number in range(3):
+        for name, rate, cpu in (("constant", 200, 0.004), ("generator alone", 50, 0.001)):
+            found = {"steps_per_second": rate, "cpu_seconds_per_step": cpu}
+            results.note("a, 2 workers", name, number, found)
+        for name, rates in names.items():
+            found = {"steps_per_second": rates[number], "cpu_seconds_per_step": 0.01,
+                     "memory": 5e8, "first_batch": 0.25}  # fmt: skip
+            results.note("a, 2 workers", name, number, found)
+    return results
+
+
+def test_ratios_are_paired_by_round_and_a_difference_within_them_is_a_tie(tmp_path):
+    results, place = made(), "a, 2 workers"
+    best = "tf.data map, own pool"
+    assert results.ranked(place)[0] == best
+    assert results.ratio(place, "labkit threads", best) == (0.85, 0.8, 1.01)
+    assert results.is_tie(place, "labkit threads", best)  # it was ahead once
+    assert results.is_tie(place, "labkit auto", best)  # within 3 %
+    assert not results.is_tie(place, "serial loop", best)
+    assert results.bound(place, best) == 100  # 2 workers of 50
+    assert results.bound(place, "labkit auto") == 200
+    assert results.bound(place, "serial loop") == 40  # 5 ms and 20 ms in turn
+    text = str(results)
+    assert "Untuned labkit: labkit auto / tf.data map, own pool: 0.98, 0.90 to 0.99 (a tie)" in text
+    assert "| PyTorch DataLoader | not run: it is left out here |" in text
+    assert "num_parallel_calls=n" in text and "tensorflow 2" in text
+    results.note(place, "serial loop", 3, {"error": "it broke"})
+    assert "| serial loop | failed 1 of 4: it broke |" in str(results)
+    results.save(tmp_path / "race.json")
+    again = Results.load(tmp_path / "race.json")
+    assert str(again) == str(results)
+    plots.save(again.plot(), tmp_path / "race.png")
+    (tmp_path / "other.json").write_text(json.dumps({"format": 1}))
+    with pytest.raises(ValueError, match=r"expected a file that labkit\.race wrote"):
+        Results.load(tmp_path / "other.json")
+
+
+def test_who_does_not_run_is_named_with_the_reason(monkeypatch):
+    absent = {"torch": "torch is not installed"}
+    monkeypatch.setattr(Contestant, "missing", lambda self: absent.get(self.package, ""))
+    monkeypatch.setattr(Contestant, "version", "9")
+    small = work.Row("small", work.Small(), (4, 32))
+    results = Results.of(1, 1.0)
+    heats = list(track._heats([small], list(CONTESTANTS.values()), "other", results))
+    out = results.data["rows"]["small, 32 workers"]["left_out"]
+    assert out["PyTorch DataLoader"] == "torch is not installed"
+    assert "32 processes" in out["labkit processes"] or os.cpu_count() > 4
+    assert "runs once, in the row small, 4 workers" in out["serial loop"]
+    assert "Keras model" in out["Keras PyDataset threads"]
+    run = {(heat.n, heat.name) for heat in heats}
+    for n, place in ((4, "small, 4 workers"), (32, "small, 32 workers")):
+        for name in CONTESTANTS:
+            assert ((n, name) in run) != (name in results.data["rows"][place]["left_out"])
+    said = track._announced(heats, results, 3, 1.0)
+    assert f"{3 * len(heats)} runs, about" in said and "torch is not installed" in said
+
+
+def test_all_rounds_have_all_heats_and_begin_with_another():
+    heats = [track.Heat(row(), n, name) for n in (1, 2) for name in "abcdef"]
+    rounds = [track._in_turn(heats, number) for number in range(3)]
+    assert all(sorted(r[:6], key=heats.index) == heats[:6] for r in rounds)
+    assert len({r[0].name for r in rounds}) == 3
+
+
+def test_the_rows_make_what_they_say(tmp_path):
+    rows = {row.name: row for row in work.rows(tmp_path)}
+    for name, wanted in rows.items():
+        images, labels = wanted.make(3)
+        assert len(images) == len(labels) == wanted.batch_size
+        if "free" in name:
+            assert 90e3 < images.nbytes < 110e3 if "100 KB" in name else 19e6 < images.nbytes < 20e6
+            assert images.dtype == name.split()[-1]
+        again = next(wanted.factory(3, 5))
+        if name != "NumPy augmentation":
+            assert np.array_equal(images, again[0]) and images is not again[0]
+    shares = [next(rows["free 100 KB uint8"].factory(w, 2))[0] for w in (0, 1)]
+    assert not np.array_equal(*shares)
+
+
+def test_a_factory_of_the_users_runs_pass_after_pass(tmp_path):
+    def factory(worker, n_workers, epoch):
+        for i in range(worker, 4, n_workers):
+            yield np.full(2, 10 * epoch + i), np.zeros(2)
+
+    mine = cloudpickle.loads(cloudpickle.dumps(work.Row("mine", work.Own(factory), (2,))))
+    shares = [mine.factory(worker, 2) for worker in (0, 1)]
+    assert [[int(next(s)[0][0]) for _ in range(3)] for s in shares] == [[0, 2, 10], [1, 3, 11]]
+    assert [int(mine.make(0)[0][0]) for _ in range(5)] == [0, 1, 2, 3, 10]
+    with pytest.raises(TypeError, match="cannot be pickled"):
+        track.run(track.Heat(mine, 1, "serial loop"), threading.Lock(), 1.0, tmp_path)
+
+
+def test_wrong_use_is_met_with_a_sentence(capsys):
+    for arguments, said in (
+        (["--rows", "nothing"], "rows must be parts of the names sleep 50 ms, "),
+        (["--contestants", "nobody"], "contestants must be parts of the names "),
+        (["--rounds", "0"], "rounds must be an integer >= 1, got 0"),
+        (["--seconds", "-1"], "seconds must be a number > 0, got -1.0"),
+        (["nowhere:factory"], "there is no module nowhere"),
+        (["--row"], "unknown flag"),
+    ):
+        with pytest.raises(SystemExit) as ended:
+            main(arguments)
+        assert ended.value.code == 2
+        assert said in capsys.readouterr().err or "--row" in arguments
+    with pytest.raises(ValueError, match="rounds must be an integer"):
+        labkit.race(rounds=True)
