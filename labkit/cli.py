@@ -90,7 +90,7 @@ def _parser() -> Parser:
     add = group("what is kept")
     saved = "save after each epoch, and on Ctrl-C; the same line goes on from there, in fixed order"
     add("--checkpoint", metavar="DIR", help=saved)
-    add("--save_every", metavar="STEPS", type=int, help="save within an epoch, too")
+    add("--save_every", metavar="COUNT", type=int, help="after so many steps, too")
     add("--log_dir", metavar="DIR", help="write TensorBoard summaries to DIR/train and DIR/valid")
     kept = "write every epoch's figures to FILE, also if the run is interrupted"
     add("--json", metavar="FILE", help=kept)

@@ -191,7 +191,7 @@ def _variables(model: Any) -> list[Any]:
 
 
 def _array(variable: Any) -> np.ndarray:
-    return np.asarray(tf.keras.ops.convert_to_numpy(variable))
+    return np.asarray(variable.numpy())
 
 
 def _numpy_type(variable: Any) -> np.dtype:

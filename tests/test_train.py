@@ -388,6 +388,7 @@ def test_the_disk_that_is_full_at_the_end_is_told_in_one_line(capsys, tmp_path, 
 ALL_FLAGS = [
     "n_thread", "pipeline", "workers", "epochs", "steps", "batch_size", "delay", "learning_rate",
     "capacity", "min_after_dequeue", "seed", "order", "log_dir", "json", "plot", "version",
+    "checkpoint", "save_every",
 ]  # fmt: skip
 
 
@@ -404,7 +405,8 @@ def test_help_explains_every_flag_with_its_default(capsys):
         # Every number has its unit or says that it has none; every path says that it is one.
         unit = r"COUNT|SECONDS|SAMPLES|INTEGER|no unit|DIR|FILE|\{.*,.*\}"
         assert flag == "version" or re.search(unit, explained), flag
-        assert ("(default: " in explained) == (flag not in ("log_dir", "json", "plot", "version"))
+        without = ("log_dir", "json", "plot", "version", "checkpoint", "save_every")
+        assert ("(default: " in explained) == (flag not in without)
         assert "None" not in explained
     assert "(default: 0.05)" in parts["delay"] and "(default: 1875)" in parts["steps"]
     assert text.index("the model:\n") < text.index("training:\n") < text.index("is kept:\n")

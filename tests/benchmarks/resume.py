@@ -6,6 +6,7 @@ nobody has disturbed: the samples of each step, the weights at the end, the epoc
 """
 
 import argparse
+import faulthandler
 import json
 import os
 import signal
@@ -28,6 +29,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "steps": {"steps": 10, "prefetch": 2, "execution": 5},
 }
 EPOCHS, CHUNKS, SCALE = 3, 40, 4096
+_MOST_SECONDS = 400  # of one program, on a machine that does much else
 
 
 def factory(worker: int, n_workers: int, epoch: int, start: int = 0) -> Any:
@@ -122,7 +124,7 @@ def run(
             stderr=said,
         )
         try:
-            deadline = time.monotonic() + 120
+            deadline = time.monotonic() + _MOST_SECONDS
             while process.poll() is None and time.monotonic() < deadline:
                 if kill_at is not None and log.exists():
                     lines = log.read_text().splitlines()
@@ -167,6 +169,7 @@ def main() -> int:
     parser.add_argument("--undisturbed", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.train:
+        faulthandler.dump_traceback_later(_MOST_SECONDS - 20)
         two_processors()
         train(Path(options.train[1]), options.train[0], True)
         if options.undisturbed:
