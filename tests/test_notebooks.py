@@ -39,11 +39,12 @@ SETTINGS = (("thread", 1), ("thread", 2), ("process", 2))
 del WORK["NumPy"]""",
     # More good batches than the queue holds, and time for a process to start on a busy machine:
     # the loop must have had a batch before the fault, or there is nothing to plot.
-    "06_when_things_break": "GOOD, PACE, GUARD, TIMEOUT = 20, 0.005, 2.0, 1.0",
+    "06_when_things_break": "GOOD, PACE, GUARD, TIMEOUT = 20, 0.02, 2.0, 1.0",
     "07_your_own_data": """FILES, SIDE, EPOCHS, LATENCY, DIAGNOSE = 192, 56, 1, 0.002, 0.2
 import dataclasses
 from labkit.engine import KINDS
 KINDS["thread"] = dataclasses.replace(KINDS["thread"], limit=lambda: 2)""",
+    "08_same_batches_again": "BATCHES, PACE, ROUNDS, SHOWN = 40, (0.0, 0.002), 1, 20",
     "recipes": "SAMPLES, HELD_OUT, EPOCHS = 160, 32, 1",
 }
 STATE = """

@@ -452,6 +452,8 @@ def test_large_batches_need_no_sizes_of_the_queue():
         "capacity": None,
         "min_after_dequeue": None,
         "log_dir": None,
+        "checkpoint": None,
+        "save_every": None,
     }
     check_settings(settings)
     assert settings["capacity"] >= settings["min_after_dequeue"] + 1024

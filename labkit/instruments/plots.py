@@ -41,7 +41,8 @@ def _texts(figure: Figure, title: str, machine: Mapping[str, Any] | None) -> Non
 
 def _wrapped(labels: Mapping[str, Any]) -> list[str]:
     """Labels below bars, in as many lines as it takes to stay apart beside a legend."""
-    return [textwrap.fill(label, max(8, 48 // len(labels))) for label in labels]
+    width = max(8, 48 // len(labels))
+    return [textwrap.fill(label, width, break_long_words=False) for label in labels]
 
 
 def save(figure: Figure, path: str | Path) -> None:
@@ -216,7 +217,7 @@ def grouped(
     for place, name in enumerate(names):
         at = np.arange(len(groups)) + (place - (len(names) - 1) / 2) * width
         drawn = ax.bar(at, [group[name] for group in groups.values()], width, label=name)
-        ax.bar_label(drawn, fmt="%.2g", padding=2, fontsize=8)
+        ax.bar_label(drawn, fmt="%.3g", padding=2, fontsize=8)
     if bound is not None:
         ax.axhline(bound, color=BOUND, linestyle="--", label=f"bound {bound:.3g}")
     ax.set_xticks(range(len(groups)), _wrapped(groups))
