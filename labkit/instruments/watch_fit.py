@@ -110,7 +110,7 @@ class FitWatch(tf.keras.callbacks.Callback):
         inner = self._tap.inner
 
         def steps(*batches: Any) -> Any:
-            return inner(iter([b.get_value() for b in batches] if taker.optionals else batches))
+            return inner(iter(batches))
 
         if self.model.run_eagerly:
             return steps

@@ -62,7 +62,7 @@ def _width() -> int:
     return width
 
 
-def cost(width: int, together: int, rounds: int, steps: int = 400) -> dict[str, Any]:
+def cost(width: int, together: int, rounds: int, steps: int = 1600) -> dict[str, Any]:
     data = tf.data.Dataset.from_tensors(_batch(width)).repeat()
     plain, watched = _model(width, together), _model(width, together)
     _epoch(plain, data, 3 * together, False), _epoch(watched, data, 3 * together, True)
