@@ -2,6 +2,7 @@
 
 import json
 import os
+import secrets
 import subprocess
 import sys
 import tempfile
@@ -22,8 +23,7 @@ from labkit.machine import usable_cores
 _SETTLE, _ADAPT, _START = 2.0, 8.0, 0.7  # seconds to warm up; to find a number; a process's start
 _IMPORTS = 8.0  # seconds that a process takes to import and to build the model, about
 _PATIENCE = 120.0  # seconds beyond what a run should take
-# Ray would ask the network, and keep a token in the user's home.
-_QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "disabled"}
+_NO_REPORT = {"RAY_USAGE_STATS_ENABLED": "0"}
 
 
 class Heat(NamedTuple):
@@ -189,7 +189,10 @@ def run(
             f"cannot be pickled ({error}). Open files, and make models, inside of them."
         ) from error
     path = os.pathsep.join(part for part in sys.path if part)
-    environment = {**os.environ, **_QUIET, group.MARK: mark, "PYTHONPATH": path}
+    # Ray's servers listen on all interfaces, and run code for whoever has the token.
+    token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+    own = {**_NO_REPORT, **token, group.MARK: mark, "PYTHONPATH": path}
+    environment = {**os.environ, **own}
     command = [sys.executable, "-m", lane.__name__, str(task_file), str(result_file)]
     most = _IMPORTS + heat.settle + seconds + _PATIENCE
     with log.open("wb") as file:
