@@ -2,6 +2,7 @@
 
 import argparse
 import difflib
+import functools
 import inspect
 import sys
 from pathlib import Path
@@ -17,6 +18,25 @@ _DEFAULTS = {name: p.default for name, p in inspect.signature(train).parameters.
 
 
 class Parser(argparse.ArgumentParser):
+    """What labkit's commands have in common: looks, --version, the words for what is wrong."""
+
+    def __init__(self, **given: Any) -> None:
+        looks = functools.partial(argparse.HelpFormatter, max_help_position=30)
+        super().__init__(**given, formatter_class=looks)
+        self.add_argument("--version", action="version", version=f"labkit {__version__}")
+
+    def read(self, arguments: list[str] | None, *files: str) -> argparse.Namespace:
+        """The flags; ends the program where one is none, or one of `files` cannot be written."""
+        given, unknown = self.parse_known_args(arguments)
+        if unknown:
+            self.refuse(unknown)
+        for flag in files:
+            path = getattr(given, flag)
+            problem = path is not None and problem_with(path)
+            if problem:
+                self.error(f"--{flag}: {problem}")
+        return given
+
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: {message} (--help lists every flag)\n")
 
@@ -43,9 +63,7 @@ def _parser() -> Parser:
         usage="python -m labkit.train [--n_thread COUNT] [flags]",
         description="Train the CNN on MNIST, by queue or feed_dict, and see where time goes.",
         epilog="Set TF_CPP_MIN_LOG_LEVEL=0 to see TensorFlow's own start-up lines.",
-        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=30),
     )
-    parser.add_argument("--version", action="version", version=f"labkit {__version__}")
 
     def group(title: str) -> Any:
         arguments = parser.add_argument_group(title)
@@ -119,14 +137,7 @@ def problem_with(path: str) -> str | None:
 
 def _checked(parser: Parser, arguments: list[str] | None) -> dict[str, Any]:
     """The flags, by the names of train()'s arguments; ends the program where one is wrong."""
-    given, unknown = parser.parse_known_args(arguments)
-    if unknown:
-        parser.refuse(unknown)
-    options = vars(given)
-    for flag in ("json", "plot"):
-        problem = options[flag] is not None and problem_with(options[flag])
-        if problem:
-            parser.error(f"--{flag}: {problem}")
+    options = vars(parser.read(arguments, "json", "plot"))
     plot = options["plot"]
     if plot and Path(plot).suffix not in (".png", ".pdf", ".svg"):
         parser.error(f"--plot: expected a file ending in .png, .pdf or .svg, got {plot}")

@@ -10,8 +10,8 @@ from importlib.util import find_spec
 from operator import attrgetter
 from typing import Any
 
-from labkit import WorkerError, __version__
-from labkit.cli import Parser, problem_with
+from labkit import WorkerError
+from labkit.cli import Parser
 from labkit.engine.tracebacks import describe
 
 _OURS = ("diagnose: ", "labkit: ")  # how an error begins that tells of a wrong argument
@@ -36,10 +36,8 @@ def _parser() -> Parser:
             "exit codes: 0; 1 where the model waits for more than --fail-if-waiting, or a worker "
             "failed; 2 for wrong use; 130 after Ctrl-C. Modules in this folder come first."
         ),
-        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=30),
     )
     add = parser.add_argument
-    add("--version", action="version", version=f"labkit {__version__}")
     what = "an iterator factory or a data set, as for QueueRunner"
     add("factory", metavar="MODULE:FACTORY", help=what)
     step = "a training step, called as step(batch) or step(x, y); or a compiled Keras model"
@@ -56,8 +54,9 @@ def _parser() -> Parser:
     return parser
 
 
-def _found(parser: Parser, flag: str, text: str) -> Any:
-    """What `module:name` names; ends the program if there is none."""
+def found(parser: Parser, flag: str, text: str) -> Any:
+    """What `module:name` names, in the current folder first; ends the program if nothing."""
+    sys.path[:0] = [] if {"", os.getcwd()} & set(sys.path) else [os.getcwd()]
     module, _, name = text.partition(":")
     top = module.partition(".")[0]
     if not (top and name) or "/" in module or module.endswith(".py"):
@@ -89,7 +88,7 @@ def _model_of(parser: Parser, text: str) -> Any:
     try:
         return float(text)
     except ValueError:
-        model = _found(parser, "--model", text)
+        model = found(parser, "--model", text)
     # Whoever names the function that makes a model would get an error of Python's, a minute later.
     if inspect.isfunction(model) and not inspect.signature(model).parameters:
         parser.error(
@@ -102,8 +101,7 @@ def _model_of(parser: Parser, text: str) -> Any:
 
 def _diagnosed(parser: Parser, given: argparse.Namespace) -> Any:
     """The report; ends the program where diagnose does not take what was given."""
-    sys.path[:0] = [] if {"", os.getcwd()} & set(sys.path) else [os.getcwd()]
-    factory = _found(parser, "MODULE:FACTORY", given.factory)
+    factory = found(parser, "MODULE:FACTORY", given.factory)
     model = _model_of(parser, given.model)
     from labkit.instruments.diagnosis import diagnose  # which brings TensorFlow
 
@@ -133,13 +131,7 @@ def main(arguments: list[str] | None = None) -> int:
     """The command line. Returns 0; or 1 where the model waits for more than is allowed, a worker
     failed or a file could not be written; 130 after Ctrl-C. Wrong use exits with 2."""
     parser = _parser()
-    given, unknown = parser.parse_known_args(arguments)
-    if unknown:
-        parser.refuse(unknown)
-    for flag, path in (("--json", given.json), ("--html", given.html)):
-        problem = path is not None and problem_with(path)
-        if problem:
-            parser.error(f"{flag}: {problem}")
+    given = parser.read(arguments, "json", "html")
     code = 1
     try:
         report = _diagnosed(parser, given)

@@ -1,13 +1,10 @@
 """The command line of `python -m labkit.race`."""
 
-import argparse
-import os
 import sys
 from typing import Any
 
-from labkit import __version__
-from labkit.cli import Parser, problem_with
-from labkit.instruments.command import _found
+from labkit.cli import Parser
+from labkit.instruments.command import found
 from labkit.instruments.race.track import race
 
 
@@ -20,10 +17,8 @@ def _parser() -> Parser:
             "exit codes: 0; 1 where a run failed or the file could not be written; 2 for wrong "
             "use; 130 after Ctrl-C. What else can take part: tests/benchmarks/requirements.txt."
         ),
-        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=30),
     )
     add = parser.add_argument
-    add("--version", action="version", version=f"labkit {__version__}")
     what = "an iterator factory of yours, as for QueueRunner (default: labkit's own rows)"
     add("factory", metavar="MODULE:FACTORY", nargs="?", help=what)
     step = "a training step, a compiled Keras model, or the seconds of a step (default: the CNN)"
@@ -46,15 +41,8 @@ def main(arguments: list[str] | None = None) -> int:
     """The command line. Returns 0; 1 where a run failed or a file could not be written; 130 after
     Ctrl-C. Wrong use exits with 2."""
     parser = _parser()
-    given, unknown = parser.parse_known_args(arguments)
-    if unknown:
-        parser.refuse(unknown)
-    for flag, path in (("--json", given.json), ("--png", given.png)):
-        problem = path is not None and problem_with(path)
-        if problem:
-            parser.error(f"{flag}: {problem}")
-    sys.path[:0] = [] if {"", os.getcwd()} & set(sys.path) else [os.getcwd()]
-    factory = _found(parser, "MODULE:FACTORY", given.factory) if given.factory else None
+    given = parser.read(arguments, "json", "png")
+    factory = found(parser, "MODULE:FACTORY", given.factory) if given.factory else None
     try:
         results = race(
             factory, _step(parser, given.model), rows=_parts(given.rows), rounds=given.rounds,
@@ -83,4 +71,4 @@ def _step(parser: Parser, text: str | None) -> Any:
     try:
         return float(text)
     except ValueError:
-        return _found(parser, "--model", text)
+        return found(parser, "--model", text)
