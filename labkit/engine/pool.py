@@ -11,11 +11,12 @@ import contextlib
 import threading
 import time
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from labkit.engine import interrupts
 from labkit.engine.batches import Spec
-from labkit.engine.messages import Chunk, Lost, Message, Skipped
+from labkit.engine.messages import Chunk, Ended, Lost, Message, Skipped
 from labkit.engine.produce import IteratorFactory
 
 _LOOK = 0.1  # seconds between two looks for a worker that is late
@@ -228,3 +229,32 @@ class Pool(ABC):
     @abstractmethod
     def _end(self, seconds: float) -> list[str]:
         """Ends every worker, and gives back all that the pool holds."""
+
+
+def delivered(pool: Pool, seconds: float, who: str = "labkit") -> Iterator[Chunk | None]:
+    """What all workers of a pool deliver, pass after pass, for whoever looks only at how fast.
+
+    Each chunk, which has been given back; and None where none comes within `seconds`. It ends with
+    a pass in which nothing came. Raises WorkerError, in the name of `who`, for a lost worker.
+    """
+    pool.set_active(pool.n_workers)
+    ended: set[int] = set()
+    nothing = True  # came in this pass
+    while True:
+        message = pool.get(seconds)
+        if isinstance(message, Lost):
+            raise message.as_error(who)
+        if isinstance(message, Ended):
+            ended.add(message.worker)
+            if len(ended) == pool.n_workers:
+                if nothing:
+                    return
+                ended.clear()
+                nothing = True
+                pool.next_epoch(pool.epoch + 1)
+        elif isinstance(message, Chunk):
+            pool.release(message)
+            nothing = False
+            yield message
+        else:
+            yield None

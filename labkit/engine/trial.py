@@ -5,8 +5,8 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from labkit.engine import KINDS
-from labkit.engine.messages import Chunk, Lost
-from labkit.engine.pool import Job
+from labkit.engine.messages import WorkerError
+from labkit.engine.pool import Job, delivered
 from labkit.engine.produce import IteratorFactory
 
 _SECONDS, _PATIENCE = 0.5, 3.0  # counted; to wait until all deliver
@@ -22,56 +22,54 @@ class Choice(NamedTuple):
 
 
 def chosen_kind(iterator: Callable[..., Any], copies: bool = True) -> Choice:
-    """Runs one and two threads for half a second each and, if the second one does not help, two
-    processes. Their batches are thrown away; the run that follows calls the factory anew.
+    """Runs one and two workers of the cheapest kind, threads, for half a second each and, if the
+    second one does not help, two of each kind that does not share Python's lock. Their batches are
+    thrown away; the run that follows calls the factory anew.
 
-    Threads it is where processes cannot be had, or nothing comes in time.
+    The cheapest kind it is where no other can be had, or nothing comes in time.
     """
+    cheapest = next(iter(KINDS))
     stays = getattr(iterator, "stays", "") or getattr(iterator, "whole", "")
     if stays:
-        return Choice("thread", stays.split(". ")[0].rstrip("."))
-    one = _rate(iterator, "thread", 1, copies)
-    threads = _rate(iterator, "thread", 2, copies) if one else 0.0
-    if not threads:
-        return Choice("thread", f"no {_LEAST} batches came within {_PATIENCE:g} s to tell by")
-    if threads >= _HELPS * one:
-        return Choice("thread", f"two make {threads / one:.1f} times the batches of one")
-    try:
-        processes = _rate(iterator, "process", 2, copies)
-    except (TypeError, OSError, MemoryError) as error:
-        return Choice("thread", f"processes cannot be had: {error}")
-    than = f"two processes make {processes:.4g} batches/s, two threads {threads:.4g}"
-    return Choice("process" if processes > _BETTER * threads else "thread", than)
+        return Choice(cheapest, stays.split(". ")[0].rstrip("."))
+    one = _rate(iterator, cheapest, 1, copies)
+    two = _rate(iterator, cheapest, 2, copies) if one else 0.0
+    if not two:
+        return Choice(cheapest, f"no {_LEAST} batches came within {_PATIENCE:g} s to tell by")
+    if two >= _HELPS * one:
+        return Choice(cheapest, f"two make {two / one:.1f} times the batches of one")
+    rates, why = {cheapest: _BETTER * two}, []
+    for name in (name for name, kind in KINDS.items() if not kind.shares_lock):
+        plural = KINDS[name].plural
+        try:
+            rates[name] = _rate(iterator, name, 2, copies)
+            why.append(f"two {plural} make {rates[name]:.4g} batches/s")
+        except (TypeError, OSError, MemoryError) as error:
+            why.append(f"{plural} cannot be had: {error}")
+    why.append(f"two {KINDS[cheapest].plural} {two:.4g}")
+    return Choice(max(rates, key=rates.__getitem__), ", ".join(why))
 
 
 def _rate(iterator: Callable[..., Any], kind: str, n: int, copies: bool) -> float:
     """Batches/s of n workers, once all of them deliver; 0 where they do not in time."""
     pool = KINDS[kind].pool(Job(IteratorFactory(iterator, n), copies=copies))
     heard: set[int] = set()
-    ended: set[int] = set()
-    began, first, chunks = time.monotonic(), 0.0, 0
+    began = now = time.monotonic()
+    first, chunks = 0.0, 0
     try:
-        pool.set_active(n)
-        while True:
-            message, now = pool.get(0.1), time.monotonic()
-            if isinstance(message, Chunk):
-                pool.release(message)
-                chunks += bool(first) and message.last
-                heard.add(message.worker)
+        for chunk in delivered(pool, 0.1):
+            now = time.monotonic()
+            if chunk is not None:
+                chunks += bool(first) and chunk.last
+                heard.add(chunk.worker)
                 if not first and len(heard) == n:
                     first = now
-            elif isinstance(message, Lost):
-                return 0.0  # the run will meet it, too, and tell
-            elif message is not None:
-                ended.add(message.worker)
-                if len(ended) == n:
-                    if not heard:
-                        return 0.0
-                    ended.clear()
-                    pool.next_epoch(pool.epoch + 1)
             if first and now - first >= _SECONDS and chunks >= _LEAST:
-                return chunks / (now - first)
+                break
             if now - (first or began) > _PATIENCE:
                 return 0.0
+    except WorkerError:
+        return 0.0  # the run will meet it, too, and tell
     finally:
         pool.stop()
+    return chunks / (now - first) if chunks >= _LEAST else 0.0

@@ -16,8 +16,8 @@ import psutil
 from labkit.checks import is_number
 from labkit.engine import KINDS, interrupts
 from labkit.engine.batches import Spec
-from labkit.engine.messages import Chunk, Lost, WorkerError
-from labkit.engine.pool import Job
+from labkit.engine.messages import WorkerError
+from labkit.engine.pool import Job, delivered
 from labkit.engine.produce import IteratorFactory
 from labkit.engine.stage import Times
 from labkit.instruments.stages import Stage, stages_of
@@ -70,35 +70,21 @@ def alone(iterator: Iterators, kind: str, n: int, seconds: float) -> Alone:
     pool = KINDS[kind].pool(Job(IteratorFactory(iterator, n), timeout=_TIMEOUT, stages=True))
     times: list[Times] = []
     heard: set[int] = set()
-    ended: set[int] = set()
     began, first, cpu, own, chunks, samples = time.monotonic(), 0.0, 0.0, 0.0, 0, 0
-    nothing = True  # came in this pass
     try:
-        pool.set_active(n)
-        while True:
-            message, now = pool.get(1.0), time.monotonic()
-            if isinstance(message, Chunk):
-                pool.release(message)
-                heard.add(message.worker)
-                nothing = False
-                if first:
-                    chunks, samples = chunks + 1, samples + len(message.arrays[0])
-                    own += message.seconds
-                    times += [] if message.stages is None else [message.stages]
-                    if now - first > seconds and chunks >= 3 * n:
-                        break
-                elif len(heard) == n or now - began > _PATIENCE:
-                    first, cpu = now, time.process_time()
-            elif isinstance(message, Lost):
-                raise message.as_error("diagnose")
-            elif message is not None:
-                ended.add(message.worker)
-                if len(ended) == n:
-                    if nothing:
-                        raise WorkerError(_NOTHING)
-                    ended.clear()
-                    nothing = True
-                    pool.next_epoch(pool.epoch + 1)
+        for chunk in filter(None, delivered(pool, 1.0, "diagnose")):
+            now = time.monotonic()
+            heard.add(chunk.worker)
+            if first:
+                chunks, samples = chunks + 1, samples + len(chunk.arrays[0])
+                own += chunk.seconds
+                times += [] if chunk.stages is None else [chunk.stages]
+                if now - first > seconds and chunks >= 3 * n:
+                    break
+            elif len(heard) == n or now - began > _PATIENCE:
+                first, cpu = now, time.process_time()
+        else:
+            raise WorkerError(_NOTHING)
         used = time.process_time() - cpu
         size = pool.spec.bytes_per_sample * samples / chunks if pool.spec else 0.0
         memory = _HELD * size + sum(map(_bytes_of, _children() - others)) / n
