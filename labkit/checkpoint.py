@@ -1,12 +1,13 @@
 """`train(checkpoint=...)`: variables and the place in the data are saved; a run goes on there."""
 
 import json
-import os
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from labkit.checks import differences
 from labkit.instruments.history import Epoch, History
+from labkit.instruments.keep import write
 
 _FORMAT = 1
 _SAME = ("steps", "learning_rate", "iterator")
@@ -81,9 +82,7 @@ class Checkpoint:
             "step": step,
             "part": part and asdict(part),
         }
-        beside = self.folder / f"state.json.{os.getpid()}"
-        beside.write_text(json.dumps(kept))
-        os.replace(beside, self.folder / "state.json")
+        write("train", self.folder / "state.json", json.dumps(kept))
 
     def begin_epoch(self) -> tuple[int, Epoch | None]:
         """Steps that were made of it before, and what was measured."""
@@ -119,11 +118,7 @@ def _read(path: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
         raise CheckpointError(text) from None
     if form != _FORMAT:
         raise _other_run(path.parent, f"its format is {form!r}, expected {_FORMAT}")
-    wrong = [
-        f"{name} was {was.get(name)!r}, and is {settings[name]!r}"
-        for name in _SAME
-        if was.get(name) != settings[name]
-    ]
+    wrong = differences(was, {name: settings[name] for name in _SAME})
     if wrong:
         raise _other_run(path.parent, "; ".join(wrong))
     return kept

@@ -2,6 +2,7 @@
 
 import math
 import tempfile
+from collections.abc import Mapping
 from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
@@ -36,3 +37,12 @@ def expect(condition: bool, what: str, got: Any) -> None:
     """Raises ValueError, `what` was expected and what came, unless the condition holds."""
     if not condition:
         raise ValueError(f"{what}, got {got!r}.")
+
+
+def differences(was: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """What of `now` was something else before, name by name."""
+    return [
+        f"{name} was {was.get(name)!r}, and is {value!r}"
+        for name, value in now.items()
+        if was.get(name) != value
+    ]

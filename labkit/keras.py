@@ -2,8 +2,6 @@
 
 import io
 import json
-import os
-import weakref
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +11,8 @@ import numpy as np
 
 from labkit.checks import expect, is_integer
 from labkit.engine.heard import steps_asked_for
+from labkit.instruments.keep import write
+from labkit.instruments.tap import Tap
 from labkit.queue_runner import QueueRunner
 from labkit.quiet import tf
 
@@ -95,8 +95,7 @@ class Resume(tf.keras.callbacks.Callback):
 
     def on_train_batch_begin(self, batch: int, logs: Any = None) -> None:
         if self._kept is not None or self._calls < self._pass_over:
-            tap = _Tap(self, self.model.train_function)
-            object.__setattr__(self.model, "train_function", tap)
+            Tap(self, self.model.train_function).put()
 
     def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
         if self._kept is not None:
@@ -145,14 +144,14 @@ class Resume(tf.keras.callbacks.Callback):
         }
         _write(self.path, kept, [_array(variable) for variable in _variables(self.model)])
 
-    def _step(self, iterator: Any, function: Callable[..., Any]) -> Any:
+    def step(self, iterator: Any, inner: Callable[..., Any]) -> Any:
         kept, self._kept = self._kept, None
         if kept is not None:
             self._logs = kept["logs"]
             self._restore(iterator)
             for _ in range(self._drop):
                 next(iterator)
-        return self._logs if self._calls < self._pass_over else function(iterator)
+        return self._logs if self._calls < self._pass_over else inner(iterator)
 
     def _restore(self, iterator: Any) -> None:
         """Into the variables, those of optimizer and metrics, too, which need not be there yet."""
@@ -169,20 +168,6 @@ class Resume(tf.keras.callbacks.Callback):
             for variable, array in zip(variables, self._arrays, strict=True):
                 variable.assign(array.view(_numpy_type(variable)))
         self._arrays = []
-
-
-class _Tap:
-    """A model's train_function for one call. It keeps no callback and no model alive."""
-
-    def __init__(self, resume: Resume, inner: Callable[..., Any]) -> None:
-        self._inner = inner
-        self._resume, self._model = weakref.ref(resume), weakref.ref(resume.model)
-
-    def __call__(self, iterator: Any) -> Any:
-        resume, model = self._resume(), self._model()
-        if model is not None:
-            object.__setattr__(model, "train_function", self._inner)
-        return self._inner(iterator) if resume is None else resume._step(iterator, self._inner)
 
 
 def _variables(model: Any) -> list[Any]:
@@ -218,12 +203,7 @@ def _write(path: Path, kept: dict[str, Any], arrays: list[np.ndarray]) -> None:
     content = io.BytesIO()
     np.savez(content, np.frombuffer(json.dumps(kept).encode(), np.uint8), *arrays)
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f"{path.name}.{os.getpid()}")
-    with beside.open("wb") as file:
-        file.write(content.getbuffer())
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(beside, path)
+    write("labkit.keras.Resume", path, content.getvalue())
 
 
 def _load(path: Path) -> tuple[dict[str, Any], list[np.ndarray]]:

@@ -86,8 +86,8 @@ def test_a_training_that_is_killed_goes_on(tmp_path):
 
 class InTheWay(tf.keras.callbacks.Callback):
     def on_train_batch_begin(self, batch, logs=None):
-        if self.model.train_function.__class__.__name__ == "_Tap":
-            self.model.train_function = self.model.train_function._inner
+        if self.model.train_function.__class__.__name__ == "Tap":
+            self.model.train_function = self.model.train_function.inner
 
 
 def test_what_cannot_go_on_is_refused(tmp_path):

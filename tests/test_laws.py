@@ -40,8 +40,8 @@ LAW = [
     ({"train"}, {"lesson", "engine", *COMMON, "instruments.history", "instruments.progress"}
      | {"instruments.step_timer", "checkpoint"}),
     ({"cli"}, {"lesson", "engine", *COMMON, "instruments.plots", "checkpoint"}),
-    ({"checkpoint"}, {"instruments.history", "quiet"}),
-    ({"keras"}, {"lesson", "engine", *COMMON}),
+    ({"checkpoint"}, {"instruments.history", "instruments.keep", *COMMON}),
+    ({"keras"}, {"lesson", "engine", "instruments.keep", "instruments.tap", *COMMON}),
     ({"queue_runner"}, {"lesson", "sources", "engine", *COMMON, "instruments.live"}),
     ({"diagnose"}, {"instruments.diagnosis"}),
     ({"race"}, {"instruments.race.track"}),
@@ -53,7 +53,7 @@ LAW = [
     ({"instruments.live"}, {"engine", "instruments"}),
     ({"instruments.step_timer"}, {"quiet", "instruments.waiting"}),
     ({"instruments.history", "instruments.laws", "instruments.waiting"}, set()),
-    ({"instruments.keep"}, set()),
+    ({"instruments.keep", "instruments.tap"}, set()),
     ({"instruments.progress"}, {"instruments.history", "quiet"}),
     ({"instruments"}, {"instruments", "lesson", "sources", "engine", *COMMON}),
 ]  # fmt: skip

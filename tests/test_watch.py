@@ -8,8 +8,9 @@ import pytest
 
 import labkit
 from labkit import QueueRunner
+from labkit.instruments.tap import Tap
 from labkit.instruments.waiting import Waiting, total, verdict
-from labkit.instruments.watch_fit import _HELD, _RESTS_AFTER, FitWatch, _Slowing, _Tap
+from labkit.instruments.watch_fit import _HELD, _RESTS_AFTER, FitWatch, _Slowing
 from labkit.quiet import tf
 
 BATCHES, SIZE = 10, 8
@@ -173,7 +174,7 @@ def test_a_failure_in_a_step_is_the_users_and_leaves_nothing():
     model, kept = new_model(), labkit.watch()
     with pytest.raises(tf.errors.InvalidArgumentError, match="the generator's own"):
         model.fit(data, verbose=0, callbacks=[kept])
-    assert not isinstance(model.train_function, _Tap)
+    assert not isinstance(model.train_function, Tap)
 
 
 HELD = _HELD + _RESTS_AFTER
@@ -254,7 +255,7 @@ def test_a_callback_that_is_gone_lets_the_step_pass():
     model = new_model()
     model.fit(dataset(), verbose=0)
     own = model.train_function
-    model.train_function = _Tap(_of(model), own)
+    model.train_function = Tap(_of(model), own)
     model.fit(dataset(), verbose=0)
     assert model.train_function is own
 

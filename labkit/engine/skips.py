@@ -20,9 +20,6 @@ class Skips:
         self.count = self.here = self._came = 0
         self._last: Skipped | None = None
 
-    def begin_pass(self) -> None:
-        self.here = self._came = 0
-
     def delivered(self, chunk: Chunk) -> None:
         self._came += chunk.last
 
@@ -48,15 +45,13 @@ class Skips:
         if self.here:
             text = f"labkit: {self._so_many()} were left out of a pass, since on_error='skip'."
             warnings.warn(text, RuntimeWarning, stacklevel=1)
-        self.begin_pass()
+        self.here = self._came = 0
 
     def error(self, expected: str = "") -> WorkerError:
         """Of the last one, with how many there were."""
         assert self._last is not None
-        said = self._last.as_error(
-            f"labkit: {self._so_many()} had to be left out{expected}. The last"
-        )
-        return said
+        who = f"labkit: {self._so_many()} had to be left out{expected}. The last"
+        return self._last.as_error(who)
 
     def _so_many(self) -> str:
         return f"{self.here:,} of {self.here + self._came:,} batches"

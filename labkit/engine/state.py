@@ -5,7 +5,7 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
-from labkit.checks import expect, is_integer
+from labkit.checks import differences, expect, is_integer
 from labkit.engine.batches import short
 from labkit.engine.feeder import Feeder
 from labkit.engine.options import Options
@@ -197,11 +197,7 @@ def _read(state: Any, options: Options, n_workers: Any) -> Resumed:
             f"{who}: the state has format {form!r}, expected {_FORMAT}: it is of another version "
             "of labkit. Go on with that one."
         )
-    wrong = [
-        f"{name} was {state.get(name)!r}, and is {value!r}"
-        for name, value in _sameness(options, n_workers).items()
-        if state.get(name) != value
-    ]
+    wrong = differences(state, _sameness(options, n_workers))
     if wrong:
         raise ValueError(
             f"{who}: the state is of a runner with other arguments, so its batches are others: "

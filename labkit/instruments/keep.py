@@ -113,20 +113,24 @@ def paragraphs(shown: Any) -> str:
     return "".join(f"<p>{html.escape(line)}</p>" for line in str(shown).splitlines())
 
 
-def write(who: str, path: str | Path, text: str) -> None:
+def write(who: str, path: str | Path, content: str | bytes) -> None:
     """Writes the file whole or not at all, with the rights that it had, in a folder that is there.
     Raises OSError."""
+    # Names of files may hold what UTF-8 cannot, and end up in a page.
+    if isinstance(content, str):
+        content = content.encode("utf-8", "xmlcharrefreplace")
     target = Path(path).resolve()  # through links, which stay
     if not target.parent.is_dir():
         raise FileNotFoundError(f"{who}: the folder of {path} does not exist; make it first.")
-    # Names of files may hold what UTF-8 cannot, and end up in a page.
-    how: dict[str, Any] = {"encoding": "utf-8", "errors": "xmlcharrefreplace"}
     if target.exists() and not target.is_file():
-        target.write_text(text, **how)  # a pipe or a device, which nothing can take the place of
+        target.write_bytes(content)  # a pipe or a device, which nothing can take the place of
         return
     beside = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     try:
-        beside.write_text(text, **how)
+        with beside.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
         if target.exists():
             shutil.copymode(target, beside)
         os.replace(beside, target)

@@ -4,11 +4,11 @@ import collections
 import math
 import statistics
 import time
-import weakref
 from collections.abc import Callable
 from typing import Any
 
 from labkit.instruments.taking import Taker
+from labkit.instruments.tap import Tap
 from labkit.instruments.waiting import NEXT_STEP, Counted, Waiting, total, verdict
 from labkit.quiet import tf
 
@@ -55,7 +55,7 @@ class FitWatch(tf.keras.callbacks.Callback):
         self.epochs, self._line, self._calls = [], "", 0
         self._every = _ON_A_GPU_EVERY if tf.config.list_logical_devices("GPU") else 1
         tap = self.model.train_function
-        self._tap = _Tap(self, tap.inner if isinstance(tap, _Tap) else tap)
+        self._tap = Tap(self, tap.inner if isinstance(tap, Tap) else tap)
         self._functions, self._taker, self._slowing = {}, None, _Slowing()
 
     def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
@@ -67,8 +67,7 @@ class FitWatch(tf.keras.callbacks.Callback):
 
     def on_train_batch_begin(self, batch: int, logs: Any = None) -> None:
         self._batch = batch
-        # Past Keras's own __setattr__, which takes 20 times as long.
-        object.__setattr__(self.model, "train_function", self._tap)
+        self._tap.put()
 
     def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
         waiting = self.epochs[-1]
@@ -116,7 +115,7 @@ class FitWatch(tf.keras.callbacks.Callback):
             return steps
         return tf.function(steps, input_signature=(taker.spec,) * number, autograph=False)
 
-    def _step(self, iterator: Any) -> Any:
+    def step(self, iterator: Any, inner: Callable[..., Any]) -> Any:
         """Keras's train_function, with the batches taken, and timed, outside of it."""
         first = not self._calls
         taker = self._taker = self._taker or Taker(iterator, self.model)
@@ -135,7 +134,7 @@ class FitWatch(tf.keras.callbacks.Callback):
         took = time.perf_counter() - asked
         if not batches:
             # As Keras ends a pass of unknown length: it counts one more step for the optimizer.
-            return self._tap.inner(iterator)
+            return inner(iterator)
         if len(batches) not in self._functions:
             self._functions[len(batches)] = self._function(len(batches), taker)
         result = self._functions[len(batches)](*batches)
@@ -200,17 +199,3 @@ class _Slowing:
             alone = statistics.median(self._held[_RESTS_AFTER:])
             self.seconds = max(0.0, statistics.median(self._usual) - alone)
             self._usual.clear()
-
-
-class _Tap:
-    """A model's train_function for one step. It keeps no callback, no model and no data alive."""
-
-    def __init__(self, watch: FitWatch, inner: Callable[[Any], Any]) -> None:
-        self.inner = inner
-        self._watch, self._model = weakref.ref(watch), weakref.ref(watch.model)
-
-    def __call__(self, iterator: Any) -> Any:
-        watch, model = self._watch(), self._model()
-        if model is not None:
-            object.__setattr__(model, "train_function", self.inner)
-        return self.inner(iterator) if watch is None else watch._step(iterator)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from labkit import __version__
+from labkit.instruments.keep import write
 from labkit.instruments.race.entry import Contestant
 from labkit.instruments.race.lane import ALONE, CONSTANT
 from labkit.machine import describe_machine
@@ -53,7 +54,7 @@ class Results:
 
     def save(self, path: str | Path) -> None:
         """Writes them as JSON."""
-        Path(path).write_text(json.dumps(self.data, indent=1, allow_nan=False) + "\n")
+        write("race", path, json.dumps(self.data, indent=1, allow_nan=False) + "\n")
 
     # ---------------------------------------------------------------- while it runs
 
