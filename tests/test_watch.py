@@ -8,9 +8,10 @@ import pytest
 
 import labkit
 from labkit import QueueRunner
+from labkit.instruments.slowing import Slowing
 from labkit.instruments.tap import Tap
 from labkit.instruments.waiting import Waiting, total, verdict
-from labkit.instruments.watch_fit import _HELD, _RESTS_AFTER, FitWatch, _Slowing
+from labkit.instruments.watch_fit import FitWatch
 from labkit.quiet import tf
 
 BATCHES, SIZE = 10, 8
@@ -177,8 +178,18 @@ def test_a_failure_in_a_step_is_the_users_and_leaves_nothing():
     assert not isinstance(model.train_function, Tap)
 
 
-HELD = _HELD + _RESTS_AFTER
-LONG = 1 + _HELD + HELD + 3  # calls, of which some train on batches taken ahead
+def held(together):
+    """Calls of which the batches are taken ahead at a time."""
+    slowing = Slowing(together)
+    return slowing.number + slowing.rests_after
+
+
+def long(together):
+    """Calls of which some train on batches taken ahead."""
+    return 1 + Slowing(together).number + held(together) + 3
+
+
+HELD, LONG = held(1), long(1)
 
 
 def counted(n, fails_at=None):
@@ -193,17 +204,39 @@ def counted(n, fails_at=None):
 
 
 @pytest.mark.parametrize("together", [1, 2])
-@pytest.mark.parametrize("steps", [None, LONG])
-def test_batches_taken_ahead_are_trained_on_in_their_order(together, steps):
-    steps, losses, kept = steps and steps * together, [], labkit.watch()
+@pytest.mark.parametrize("known", [False, True])
+def test_batches_taken_ahead_are_trained_on_in_their_order(together, known):
+    calls, losses, kept = long(together), [], labkit.watch()
+    steps = calls * together if known else None
     for callbacks in ([], [kept]):
         model = new_model(steps_per_execution=together)
-        data = counted(LONG * together + (1 if steps is None else 0)).repeat(2 if steps else 1)
+        data = counted(calls * together + (not known)).repeat(2 if known else 1)
         options = {"epochs": 2, "steps_per_epoch": steps, "verbose": 0, "shuffle": False}
         history = model.fit(data, callbacks=callbacks, **options)
         losses.append(history.history["loss"])
     assert losses[0] == losses[1]
-    assert kept.epochs[0].calls == LONG - 1 - HELD + (steps is None)  # some were held
+    assert kept.epochs[0].calls == calls - 1 - held(together) + (not known)  # some were held
+
+
+@pytest.mark.parametrize("known", [False, True])
+def test_of_several_steps_a_call_most_are_left_to_keras(known):
+    together, calls, losses, kept, turns = 8, 100, [], labkit.watch(), []
+    steps = calls * together if known else None
+
+    def turn(taker, own=kept._turn):
+        turns.append(own(taker))
+        return turns[-1]
+
+    kept._turn = turn
+    for callbacks in ([], [kept]):
+        model = new_model(steps_per_execution=together)
+        data = counted(calls * together + (0 if known else 3)).repeat(2 if known else 1)
+        options = {"epochs": 2, "steps_per_epoch": steps, "verbose": 0, "shuffle": False}
+        losses.append(model.fit(data, callbacks=callbacks, **options).history["loss"])
+    assert losses[0] == losses[1]
+    assert calls < sum(alone for alone, _ in turns) < 2 * calls
+    steps = calls * together + (0 if known else 3)
+    assert [epoch.steps for epoch in kept.epochs] == [steps - together, steps]
 
 
 def test_an_epoch_as_long_as_what_is_taken_ahead_has_a_share():
@@ -219,22 +252,38 @@ def test_what_fails_while_batches_are_taken_ahead_fails_at_its_own_step():
     with pytest.raises(tf.errors.InvalidArgumentError, match="the generator's own"):
         model.fit(counted(LONG, fails_at=LONG - 10), verbose=0, callbacks=[kept])
     assert int(model.optimizer.iterations) == LONG - 10
-    assert kept.epochs[0].steps - kept.epochs[0].calls == LONG - 10 - 1 - _HELD  # were held
+    were_held = kept.epochs[0].steps - kept.epochs[0].calls
+    assert were_held == LONG - 10 - 1 - Slowing().number
 
 
-def test_a_step_that_is_slower_while_data_are_made_counts_as_lost():
-    slowing = _Slowing()
+def compared(before, alone, after):
+    """`Slowing` of what calls of so many seconds took."""
+    slowing = Slowing()
     slowing.most = 1000
-    for _ in range(_HELD):
+    for seconds in before:
         assert not slowing.calls_to_hold(10, math.inf)
-        slowing.note(0.005, held=False, last=False)
+        slowing.note(seconds, held=False, last=False)
     assert not slowing.calls_to_hold(30, HELD - 1)
     assert slowing.calls_to_hold(30, HELD) == HELD
     for number in range(HELD):
-        slow = number < _RESTS_AFTER  # the producers still fill their buffers
-        slowing.note(0.005 if slow else 0.002, held=True, last=number == HELD - 1)
-    assert slowing.seconds == pytest.approx(0.003)
+        rests = number >= slowing.rests_after  # before, the producers still fill their buffers
+        slowing.note(alone if rests else 1.0, held=True, last=number == HELD - 1)
     assert not slowing.calls_to_hold(31, math.inf)
+    for seconds in after:
+        slowing.note(seconds, held=False, last=False)
+    return slowing
+
+
+def test_a_step_that_is_slower_while_data_are_made_counts_as_lost():
+    steady = [0.005] * Slowing().number
+    assert compared(steady, 0.002, []).seconds == pytest.approx(0.003)
+    assert compared(steady, 0.002, steady).seconds == pytest.approx(0.003)
+    # A machine that gets slower all the time.
+    faster = [0.001] * Slowing().number
+    assert compared(faster, 0.003, steady).seconds == 0.0
+    # Chance.
+    uneven = [0.001, 0.005] * (Slowing().number // 2)
+    assert compared(uneven, 0.0028, uneven).seconds == 0.0
     lost = Waiting(steps=100, seconds=1.0, waited=0.1, measured=1.0, calls=100, slow=0.003)
     assert lost.share == pytest.approx(0.4)
     assert "40% waiting for data (30% as steps that making them slows down)" in str(lost)
@@ -243,8 +292,8 @@ def test_a_step_that_is_slower_while_data_are_made_counts_as_lost():
 
 
 def test_large_batches_are_held_in_small_numbers_or_not_at_all():
-    slowing = _Slowing()
-    for _ in range(_HELD):
+    slowing = Slowing()
+    for _ in range(slowing.number):
         slowing.note(0.005, held=False, last=False)
     assert not slowing.calls_to_hold(30, math.inf)
     slowing.most = HELD // 2

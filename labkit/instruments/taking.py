@@ -37,6 +37,11 @@ class Taker:
         self._takes: list[float] = []
 
     @property
+    def is_ahead(self) -> bool:
+        """Whether the data, or their end, or their failure, were met before their turn."""
+        return bool(self.held) or self._over or self._error is not None
+
+    @property
     def ready_seconds(self) -> float:
         """What it takes to get what is ready. That is no waiting: Keras does it, too."""
         return statistics.median(self._takes) if self._takes else 0.0

@@ -17,8 +17,9 @@ class Waiting:
         steps: how many.
         seconds: that they took, from end to end.
         waited: seconds of `measured` spent waiting for data.
-        measured: seconds of the calls that were measured, most of them; on a GPU every tenth.
-        calls: that were measured, each of `steps_per_execution` steps.
+        measured: seconds of the calls, each of `steps_per_execution` steps, that were measured or
+            that those stand for: on a GPU every tenth is, of several steps two of sixteen.
+        calls: that were measured, or stood for.
         slow: seconds of each call by which those who make the data slow the step itself.
     """
 
@@ -33,20 +34,22 @@ class Waiting:
     def share(self) -> float:
         """What the data cost, 0 to 1: waiting, and slower steps. NaN while nothing was measured."""
         lost = self.waited + self.slow * self.calls
-        return min(1.0, lost / self.measured) if self.measured else math.nan
+        return min(1.0, max(0.0, lost / self.measured)) if self.measured else math.nan
 
     @property
     def steps_per_second(self) -> float:
         return self.steps / self.seconds if self.seconds else math.nan
 
-    def add(self, steps: int, seconds: float, waited: float | None, measured: float) -> None:
+    def add(
+        self, steps: int, seconds: float, waited: float | None, measured: float, calls: int = 1
+    ) -> None:
         """`waited` is None for steps that were counted but not measured."""
         self.steps += steps
         self.seconds += seconds
         if waited is not None:
             self.waited += waited
             self.measured += measured
-            self.calls += 1
+            self.calls += calls
 
     def __str__(self) -> str:
         if not self.measured:
@@ -71,11 +74,13 @@ everything = Waiting()  # of this process, by whatever it was measured
 class Counted(Waiting):
     """Steps that count in `everything`, too."""
 
-    def add(self, steps: int, seconds: float, waited: float | None, measured: float) -> None:
-        super().add(steps, seconds, waited, measured)
+    def add(
+        self, steps: int, seconds: float, waited: float | None, measured: float, calls: int = 1
+    ) -> None:
+        super().add(steps, seconds, waited, measured, calls)
         # With what is known by now of slower steps, which counts for the share as well.
-        lost = None if waited is None else waited + self.slow
-        everything.add(steps, seconds, lost, measured)
+        lost = None if waited is None else waited + self.slow * calls
+        everything.add(steps, seconds, lost, measured, calls)
 
 
 class RecentWaiting:
@@ -121,8 +126,7 @@ def total(epochs: Iterable[Waiting]) -> Waiting:
     result = Waiting()
     slowed = 0.0
     for one in epochs:
-        result.add(one.steps, one.seconds, one.waited, one.measured)
-        result.calls += one.calls - 1
+        result.add(one.steps, one.seconds, one.waited, one.measured, one.calls)
         slowed += one.slow * one.calls
     result.slow = slowed / max(1, result.calls)
     return result

@@ -1,20 +1,18 @@
 """The callback behind `labkit.watch()`: takes each batch, with a clock, ahead of Keras's step."""
 
-import collections
 import math
-import statistics
 import time
 from collections.abc import Callable
 from typing import Any
 
+from labkit.instruments.slowing import Slowing
 from labkit.instruments.taking import Taker
 from labkit.instruments.tap import Tap
 from labkit.instruments.waiting import NEXT_STEP, Counted, Waiting, total, verdict
 from labkit.quiet import tf
 
 _ON_A_GPU_EVERY = 10
-_HELD, _RESTS_AFTER, _LEAST = 24, 8, 16  # calls
-_AGAIN = 100  # times as many calls lie between
+_SEVERAL_EVERY = 16
 
 
 class FitWatch(tf.keras.callbacks.Callback):
@@ -42,27 +40,30 @@ class FitWatch(tf.keras.callbacks.Callback):
             )
         self.epochs: list[Waiting] = []
         self._line = ""
-        self._batch = self._calls = 0
-        self._ended = 0.0
+        self._batch, self._ended = 0, 0.0
+        self._calls = _Calls(1)
         self._taker: Taker | None = None
         self._functions: dict[int, Callable[..., Any]] = {}
-        self._slowing = _Slowing()
+        self._slowing = Slowing()
         self._new_live, self._live, self._quiet = live, None, quiet
 
     def on_train_begin(self, logs: Any = None) -> None:
         self._end_live()
         self._live = self._new_live and self._new_live()
-        self.epochs, self._line, self._calls = [], "", 0
-        self._every = _ON_A_GPU_EVERY if tf.config.list_logical_devices("GPU") else 1
+        self.epochs, self._line = [], ""
+        self._on_gpu = bool(tf.config.list_logical_devices("GPU"))
         tap = self.model.train_function
         self._tap = Tap(self, tap.inner if isinstance(tap, Tap) else tap)
-        self._functions, self._taker, self._slowing = {}, None, _Slowing()
+        self._functions, self._taker = {}, None
+        several = self.model.steps_per_execution
+        self._calls, self._slowing = _Calls(several), Slowing(several)
 
     def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
         self._print_line()
         self.epochs.append(Counted())
         if self._taker is not None:
             self._taker.begin_epoch()
+        self._calls.begin_epoch(self._iterations())
         self._ended = time.perf_counter()
 
     def on_train_batch_begin(self, batch: int, logs: Any = None) -> None:
@@ -71,6 +72,8 @@ class FitWatch(tf.keras.callbacks.Callback):
 
     def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
         waiting = self.epochs[-1]
+        if self.params.get("steps") is None:
+            waiting.steps -= self._calls.steps_that_did_not_come(self._iterations())
         if self._quiet:
             return
         if logs is not None:
@@ -117,16 +120,21 @@ class FitWatch(tf.keras.callbacks.Callback):
 
     def step(self, iterator: Any, inner: Callable[..., Any]) -> Any:
         """Keras's train_function, with the batches taken, and timed, outside of it."""
-        first = not self._calls
+        first = not self._calls.done
         taker = self._taker = self._taker or Taker(iterator, self.model)
         # An epoch that is held for as a whole would have no share.
         begun = self.epochs[-1].calls > 0
-        ahead = self._slowing.calls_to_hold(self._calls, self._calls_left()) if begun else 0
+        ahead = self._slowing.calls_to_hold(self._calls.done, self._calls_left()) if begun else 0
         if ahead:
             taker.hold(iterator, ahead)
         held = bool(taker.held)
-        measured = held or self._calls % self._every == 0
-        self._calls += 1
+        alone, measured = self._turn(taker)
+        if alone:
+            result = inner(iterator)
+            began, self._ended = self._ended, time.perf_counter()
+            self._calls.note(taker.number, alone)
+            self._add(taker.number, self._ended - began, None, False)
+            return result
         self._sync(measured)
         # Before an epoch's first step Keras makes the iterator: that is waiting, too.
         asked = time.perf_counter() if self.epochs[-1].steps else self._ended
@@ -140,62 +148,87 @@ class FitWatch(tf.keras.callbacks.Callback):
         result = self._functions[len(batches)](*batches)
         self._sync(measured)
         began, self._ended = self._ended, time.perf_counter()
+        self._calls.note(len(batches), alone)
         if first:  # it compiles
             self._slowing.most = taker.most_to_hold(batches) if taker.one_device else 0
         else:
-            cycle = self._ended - (asked if self._every > 1 else began)
-            waited = max(0.0, took - taker.ready_seconds)
-            plain = measured and not held
-            self.epochs[-1].add(len(batches), self._ended - began, waited if plain else None, cycle)
+            waited = took - taker.ready_seconds if measured else None
+            self._add(len(batches), self._ended - began, waited, held)
             if measured and len(batches) == taker.number:
-                self._slowing.note(cycle - took, held, not taker.held)
-            self.epochs[-1].slow = self._slowing.seconds
+                self._slowing.note(self._ended - asked - took, held, not taker.held)
         taker.take_what_is_ready(batches)
         self._ended = time.perf_counter()
         return result
+
+    def _iterations(self) -> int:
+        optimizer = getattr(self.model, "optimizer", None)
+        return 0 if optimizer is None else int(optimizer.iterations)
 
     def _calls_left(self) -> float:
         steps = self.params.get("steps")
         return math.inf if steps is None else (steps - self._batch) / self.model.steps_per_execution
 
+    def _turn(self, taker: Taker) -> tuple[bool, bool]:
+        """Whether Keras takes the batches of this call itself, and whether it is measured.
+
+        Of several steps a call, Keras takes the next batches while it trains, which is faster; so
+        it is left alone for most calls. The one before a measured call is no such one, so that the
+        producers find what they would find if all calls were measured.
+        """
+        calls = self._calls
+        several = taker.number > 1 and taker.one_device and not self.model.run_eagerly
+        every = _SEVERAL_EVERY if several else _ON_A_GPU_EVERY if self._on_gpu else 1
+        place = calls.done % every
+        compares = several and not self._on_gpu and self._slowing.compares(calls.done)
+        alone = several and not compares and 0 < place < every - 1 and self._calls_left() >= 1
+        if alone and calls.steps and not taker.is_ahead:
+            return True, False
+        after_another = compares and not calls.was_alone
+        return False, bool(taker.held) or not (calls.steps and place) or after_another
+
+    def _add(self, steps: int, seconds: float, waited: float | None, held: bool) -> None:
+        """Counts a call; one that is measured stands for those since the last as well. Calls that
+        had their batches before they asked stand for none."""
+        since = self._calls.since
+        if not held:
+            since.append(seconds)
+        if waited is None or held:
+            self.epochs[-1].add(steps, seconds, None, 0.0)
+        else:
+            self.epochs[-1].add(steps, seconds, waited * len(since), sum(since), len(since))
+            since.clear()
+        self.epochs[-1].slow = self._slowing.seconds
+
     def _sync(self, measured: bool) -> None:
-        if measured and self._every > 1:
+        if measured and self._on_gpu:
             tf.test.experimental.sync_devices()
 
 
-class _Slowing:
-    """How much slower a call is while batches are made than while none are.
-
-    Producers need cores, and Python's lock, which the step then lacks. So now and then some batches
-    are taken ahead, and then trained on, in their order, while none is asked for: the producers
-    have filled their buffers and rest.
+class _Calls:
+    """The calls of Keras's step that were, of `together` steps each.
 
     Attributes:
-        seconds: more for a call that has its batches already; 0 while unknown.
-        most: calls that may be held for.
+        done: in this fit.
+        steps: in this epoch; the last call of Keras's own may have had less.
+        since: seconds of each since the last that was measured.
+        was_alone: whether Keras took the batches of the last one itself.
     """
 
-    def __init__(self) -> None:
-        self.seconds, self.most = 0.0, 0
-        self._usual: collections.deque[float] = collections.deque(maxlen=_HELD)
-        self._held: list[float] = []
-        self._next = 0
+    def __init__(self, together: int) -> None:
+        self._together, self.done = together, 0
+        self.begin_epoch(0)
 
-    def calls_to_hold(self, done: int, left: float) -> int:
-        """0 for most calls: it costs what making and training at one time would have gained."""
-        calls = min(_HELD + _RESTS_AFTER, self.most)
-        if len(self._usual) < _HELD or done < self._next or calls < _LEAST or left < calls:
-            return 0
-        self._next, self._held = done + _AGAIN * calls, []
-        return calls
+    def begin_epoch(self, trained: int) -> None:
+        """`trained`: steps that the optimizer has counted."""
+        self._trained, self.steps, self.was_alone = trained, 0, False
+        self.since: list[float] = []
 
-    def note(self, seconds: float, held: bool, last: bool) -> None:
-        """Of a call, without the time to take its batches; `last` of those that were held."""
-        if not held:
-            self._usual.append(seconds)
-            return
-        self._held.append(seconds)
-        if last and len(self._held) >= _LEAST:
-            alone = statistics.median(self._held[_RESTS_AFTER:])
-            self.seconds = max(0.0, statistics.median(self._usual) - alone)
-            self._usual.clear()
+    def note(self, steps: int, alone: bool) -> None:
+        self.done += 1
+        self.steps += steps
+        self.was_alone = alone
+
+    def steps_that_did_not_come(self, trained: int) -> int:
+        """Of a pass of unknown length Keras does not say how many steps its last call had."""
+        more = self.steps - (trained - self._trained)
+        return more if 0 < more < self._together else 0
