@@ -3,6 +3,7 @@
 import collections
 import math
 import statistics
+from collections.abc import Sequence
 
 _STEPS, _RESTS_AFTER = 24, 8
 _LEAST = 8  # calls of several steps each, less noisy than those of one
@@ -14,8 +15,8 @@ class Slowing:
 
     Producers need cores, and Python's lock, which the step then lacks. So now and then some batches
     are taken ahead, and then trained on, in their order, while none is asked for: the producers
-    have filled their buffers and rest. They are compared with the calls before and after them, so
-    that a machine that gets slower meanwhile is not taken for producers.
+    have filled their buffers and rest. The calls before them and those after them must both be
+    slower, so that a machine that is faster for a moment is not taken for producers that rest.
 
     Attributes:
         seconds: more for a call that has its batches already; 0 while unknown.
@@ -52,29 +53,28 @@ class Slowing:
         self._next = done + _AGAIN * calls
         return calls
 
-    def note(self, seconds: float, held: bool, last: bool) -> None:
-        """Of a call, without the time to take its batches; `last` of those that were held."""
+    def note(self, seconds: float, held: bool) -> None:
+        """Of a call, without the time to take its batches."""
         if held:
             self._held.append(seconds)
         elif self._held:
             self._after.append(seconds)
         else:
             self._before.append(seconds)
-        if (held and last) or len(self._after) == self.number:
-            self._compare()
         if len(self._after) == self.number:
+            alone = self._held[self.rests_after :]
+            if len(alone) > 1:
+                self.seconds = max(0.0, min(_more(self._before, alone), _more(self._after, alone)))
             self._begin()
 
-    def _compare(self) -> None:
-        usual, alone = [*self._before, *self._after], self._held[self.rests_after :]
-        if len(alone) < 2:
-            return
-        more = statistics.median(usual) - statistics.median(alone)
-        # What may be chance is no slowing.
-        self.seconds = more if more > 2 * math.hypot(_error(usual), _error(alone)) else 0.0
+
+def _more(usual: Sequence[float], alone: Sequence[float]) -> float:
+    """By how much the usual median is larger; 0 for what may be chance."""
+    more = statistics.median(usual) - statistics.median(alone)
+    return more if more > 2 * math.hypot(_error(usual), _error(alone)) else 0.0
 
 
-def _error(values: list[float]) -> float:
+def _error(values: Sequence[float]) -> float:
     """The standard error of the median, of a normal distribution with their median deviation."""
     middle = statistics.median(values)
     deviation = 1.4826 * statistics.median(abs(value - middle) for value in values)

@@ -1,5 +1,6 @@
 """Taking batches from Keras's iterator for `watch`: each in its time, or some ahead of theirs."""
 
+import collections
 import itertools
 import statistics
 import time
@@ -8,7 +9,9 @@ from typing import Any
 
 from labkit.quiet import tf
 
-_TAKES = 30  # of one that is ready; some 10 ms in all
+_TAKES = 30  # that are compared, of those that came last
+_AT_ONCE, _READY_EVERY = 10, 30  # takes of one that is ready: 10 at the start, then one of 30
+_AS_READY = 1.25  # times as long: the machine changes from one moment to the next by more
 _MOST_BYTES = 1 << 28  # held at a time
 
 
@@ -34,17 +37,21 @@ class Taker:
         self._over = False
         self._error: Exception | None = None
         self._ready: Any = None
-        self._takes: list[float] = []
+        self._ready_takes: collections.deque[float] = collections.deque(maxlen=_TAKES)
+        self._takes: collections.deque[float] = collections.deque(maxlen=_TAKES)
+        self._seen = 0
 
     @property
     def is_ahead(self) -> bool:
         """Whether the data, or their end, or their failure, were met before their turn."""
         return bool(self.held) or self._over or self._error is not None
 
-    @property
-    def ready_seconds(self) -> float:
-        """What it takes to get what is ready. That is no waiting: Keras does it, too."""
-        return statistics.median(self._takes) if self._takes else 0.0
+    def waited(self, seconds: float) -> float:
+        """Of the seconds that a take took, those above what taking one that is ready takes, which
+        Keras does, too. Below 0 for some of those that are ready: their sum is 0."""
+        self._takes.append(seconds)
+        ready, takes = _usual(self._ready_takes), _usual(self._takes)
+        return seconds - (takes if takes < _AS_READY * ready else ready)
 
     def next(self, iterator: Any) -> list[Any]:
         """The next batches; none at the end of the data."""
@@ -75,8 +82,9 @@ class Taker:
         return _MOST_BYTES // max(1, size * self.number)
 
     def take_what_is_ready(self, batches: list[Any]) -> None:
-        """Measures it, some times: after a step, where caches are as cold as they will be."""
-        if len(self._takes) >= _TAKES or not self.one_device:
+        """Measures it, now and then: after a step, where caches are as cold as they will be."""
+        self._seen += 1
+        if not self.one_device or (self._seen > _AT_ONCE and self._seen % _READY_EVERY):
             return
         if self._ready is None:
             cached = tf.data.Dataset.from_tensors(batches[0])
@@ -84,7 +92,15 @@ class Taker:
             self._take(self._ready)  # it compiles
         began = time.perf_counter()
         self._take(self._ready)
-        self._takes.append(time.perf_counter() - began)
+        self._ready_takes.append(time.perf_counter() - began)
+
+
+def _usual(seconds: collections.deque[float]) -> float:
+    """Their mean without those far above the others, which waited for something."""
+    if not seconds:
+        return 0.0
+    middle = statistics.median(seconds)
+    return statistics.fmean(value for value in seconds if value <= 2 * middle)
 
 
 def _one_by_one(number: int) -> Callable[[Any], list[Any]]:

@@ -152,10 +152,10 @@ class FitWatch(tf.keras.callbacks.Callback):
         if first:  # it compiles
             self._slowing.most = taker.most_to_hold(batches) if taker.one_device else 0
         else:
-            waited = took - taker.ready_seconds if measured else None
+            waited = taker.waited(took) if measured and not held else None
             self._add(len(batches), self._ended - began, waited, held)
             if measured and len(batches) == taker.number:
-                self._slowing.note(self._ended - asked - took, held, not taker.held)
+                self._slowing.note(self._ended - asked - took, held)
         taker.take_what_is_ready(batches)
         self._ended = time.perf_counter()
         return result
@@ -192,7 +192,7 @@ class FitWatch(tf.keras.callbacks.Callback):
         since = self._calls.since
         if not held:
             since.append(seconds)
-        if waited is None or held:
+        if waited is None:
             self.epochs[-1].add(steps, seconds, None, 0.0)
         else:
             self.epochs[-1].add(steps, seconds, waited * len(since), sum(since), len(since))
