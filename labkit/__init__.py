@@ -39,6 +39,7 @@ _HOME = {
     "audit": "instruments.audit",
     "race": "instruments.race.track",
     "watch": "instruments.watch",
+    "check": "instruments.answers",
 }
 # Modules by the names that they had, or have for short: each is the one, or all, that came of it.
 _MOVED = {
