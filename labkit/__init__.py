@@ -40,6 +40,7 @@ _HOME = {
     "race": "instruments.race.track",
     "watch": "instruments.watch",
     "check": "instruments.answers",
+    "Law": "instruments.slider",
 }
 # Modules by the names that they had, or have for short: each is the one, or all, that came of it.
 _MOVED = {

@@ -367,3 +367,27 @@ def race(
     np.ravel(axes)[-1].set_xlabel("steps per second, over the first's; median and spread of rounds")
     _texts(figure, "The race: labkit (blue) beside the others", machine)
     return figure
+
+
+def law(
+    n: int, bounds_of: Mapping[str, Sequence[float]], machine: Mapping[str, Any] | None = None
+) -> Figure:
+    """Steps/s that the laws allow 1, 2, 3 ... workers: each bound, the least of them, and n's.
+
+    Args:
+        bounds_of: name to steps/s at each number of workers; infinite where there is no such bound.
+    """
+    figure, ax = _figure()
+    counts = np.arange(1, 1 + len(next(iter(bounds_of.values()))))
+    least = np.min(list(bounds_of.values()), axis=0)
+    for (name, rates), style in zip(bounds_of.items(), ("-.", ":", "--", (0, (1, 3)), (0, (5, 5))),
+                                    strict=False):  # fmt: skip
+        if np.isfinite(rates).any():
+            ax.plot(counts, rates, color="0.5", linestyle=style, linewidth=1, label=name)
+    ax.plot(counts, least, color=COMPUTE, linewidth=3, label="the least of them")
+    ax.plot(n, least[n - 1], "o", color="#D55E00", markersize=10)
+    ax.set(xlabel="workers", ylabel="steps per second", ylim=(0, 1.3 * least.max()))
+    ax.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False)
+    limit = min(bounds_of, key=lambda name: bounds_of[name][n - 1])
+    _texts(figure, f"{n} workers: at most {least[n - 1]:.3g} steps/s, set by {limit}", machine)
+    return figure

@@ -1,0 +1,57 @@
+"""Runs notebooks and keeps their outputs and figures, as they are committed.
+
+    python -m tests.remake notebooks/0*.ipynb
+
+It measures, so nothing else should run. Left out is what changes by itself or means nothing without
+a kernel: times of cells, the state of widgets. Prints the seconds that each notebook took.
+"""
+
+import os
+import sys
+import time
+from pathlib import Path
+
+import nbformat
+from nbclient import NotebookClient
+
+ROOT = Path(__file__).resolve().parents[1]
+_WIDGET = "application/vnd.jupyter.widget-view+json"
+
+
+def without_widgets(book: nbformat.NotebookNode) -> None:
+    """Leaves the pictures that widgets have beside them; those that have none go."""
+    book.metadata.pop("widgets", None)
+    for cell in book.cells:
+        kept = []
+        for output in cell.get("outputs", ()):
+            shown = output.get("data", {}).pop(_WIDGET, None)
+            if shown is None or "image/png" in output["data"]:
+                kept.append(output)
+        if "outputs" in cell:
+            cell.outputs = kept
+
+
+def remake(path: Path) -> None:
+    book = nbformat.read(path, 4)
+    client = NotebookClient(
+        book,
+        timeout=600,
+        record_timing=False,
+        store_widget_state=False,
+        resources={"metadata": {"path": str(path.parent)}},
+    )
+    client.execute()
+    without_widgets(book)
+    path.write_text(nbformat.writes(book) + "\n")
+
+
+def main() -> None:
+    os.environ["LABKIT_SAVE_FIGURES"] = str(ROOT / "figures")
+    for path in map(Path, sys.argv[1:]):
+        began = time.monotonic()
+        remake(path)
+        print(f"{path.stem}: {time.monotonic() - began:.0f} s", flush=True)
+
+
+if __name__ == "__main__":
+    main()
