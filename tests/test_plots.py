@@ -9,6 +9,7 @@ from matplotlib.text import Text
 from labkit.instruments import plots
 from labkit.instruments.history import Epoch, History
 from labkit.instruments.usage_monitor import Gpu, UsageMonitor
+from tests import cheat_sheet
 
 LONG = "Starved, the process is 3.9 times less busy and done 4.1 times later; " * 3
 MACHINE = {"processor": "AMD EPYC", "cores": 2, "tensorflow": "2.21.0"}
@@ -144,3 +145,13 @@ def test_the_check_finds_a_title_that_is_cut_and_texts_on_each_other():
     assert [tuple(w.split(" ", 1)[1] for w in pair) for pair in overlapping(figure)] == [
         ("one", "other")
     ]
+
+
+def test_the_cheat_sheet_is_whole_and_black_and_white():
+    page = cheat_sheet.page()
+    assert not cut(page) and not overlapping(page)
+    canvas = FigureCanvasAgg(page)
+    canvas.draw()
+    red, green, blue, _ = np.moveaxis(np.asarray(canvas.buffer_rgba()).astype(int), -1, 0)
+    assert (red == green).all() and (green == blue).all()
+    assert all((cheat_sheet.FOLDER / f"cheat_sheet.{kind}").exists() for kind in ("pdf", "png"))
