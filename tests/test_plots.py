@@ -73,6 +73,7 @@ def history():
 def monitor(gpus=()):
     watched = UsageMonitor(probes={"in the queue": lambda: 0.0, "waiting (%)": lambda: 0.0})
     watched.seconds, watched.cpu = [0.0, 1.0], [10.0, 100.0]
+    watched.memory = [1e9, 123.4e9]
     watched.gpu_message = "no NVIDIA driver here"
     watched.gpus = list(gpus)
     watched.probes = {"in the queue": [1e6, 2e6], "waiting (%)": [0.0, 100.0]}

@@ -91,8 +91,8 @@ def test_the_figure_takes_one_monitor_or_some_by_their_labels(several):
     with UsageMonitor(probes={"depth": lambda: 3}) as usage:
         pass
     figure = plots.usage({"a": usage, "b": usage} if several else usage)
-    assert len(figure.axes) == (6 if several else 3)
-    assert [ax.get_ylabel() for ax in figure.axes][:: 2 if several else 1][2] == "depth"
+    assert len(figure.axes) == (8 if several else 4)
+    assert [ax.get_ylabel() for ax in figure.axes][:: 2 if several else 1][3] == "depth"
 
 
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="no affinity masks here")

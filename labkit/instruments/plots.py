@@ -250,7 +250,7 @@ def series(
 
 
 def usage(monitors: Any, title: str = "", machine: Mapping[str, Any] | None = None) -> Figure:
-    """What the machine did during each run, side by side: CPU, each GPU, and the probes.
+    """What the machine did during each run, side by side: CPU, GPUs, memory, and the probes.
 
     Args:
         monitors: a `UsageMonitor` that has finished, or a mapping from label to one for runs side
@@ -258,39 +258,43 @@ def usage(monitors: Any, title: str = "", machine: Mapping[str, Any] | None = No
     """
     monitors = monitors if isinstance(monitors, Mapping) else {"": monitors}
     probes = list(next(iter(monitors.values())).probes)
-    rows = 2 + len(probes)
+    # A panel that has nothing to show takes little room.
+    heights = [1, 1 if any(m.gpus for m in monitors.values()) else 0.25, 0.7, *(1 for _ in probes)]
+    size = {"nrows": len(heights), "ncols": len(monitors), "height_ratios": heights}
     figure, axes = _figure(
-        8,
-        1.0 + 1.7 * rows,
-        nrows=rows,
-        ncols=len(monitors),
-        sharex=True,
-        sharey="row",
-        squeeze=False,
+        8, 1.0 + 1.3 * sum(heights), sharex=True, sharey="row", squeeze=False, **size
     )
     for column, (label, monitor) in zip(axes.T, monitors.items(), strict=True):
         column[0].set_title(label)
-        column[0].plot(monitor.seconds, monitor.cpu, label="CPU")
+        column[0].plot(monitor.seconds, monitor.cpu)
         for gpu in monitor.gpus:
-            (line,) = column[1].plot(
-                monitor.seconds, gpu.utilisation, label=f"GPU {gpu.index} {gpu.name}"
-            )
+            name = f"GPU {gpu.index} {gpu.name}"
+            (line,) = column[1].plot(monitor.seconds, gpu.utilisation, label=name)
             memory = 100 * np.array(gpu.memory_used) / gpu.memory_total
             column[1].plot(monitor.seconds, memory, ":", color=line.get_color(), label="its memory")
         if monitor.gpus:
             column[1].legend(frameon=False, fontsize=8)
         else:
-            column[1].text(
-                0.5, 0.5, monitor.gpu_message, ha="center", transform=column[1].transAxes
-            )
-        for ax, name in zip(column[2:], probes, strict=True):
+            place = {"ha": "center", "va": "center", "transform": column[1].transAxes}
+            column[1].text(0.5, 0.5, monitor.gpu_message, **place)
+        column[2].plot(monitor.seconds, np.array(monitor.memory) / 1e9, color=COMPUTE)
+        for ax, name in zip(column[3:], probes, strict=True):
             ax.plot(monitor.seconds, monitor.probes[name], color=OTHER)
-        for ax in column[:2]:
-            ax.set_ylim(0, 105)
         column[-1].set_xlabel("time (s)")
-    for ax, name in zip(axes[:, 0], ("CPU (%)", "GPU (%)", *probes), strict=True):
+    seen = heights[1] == 1
+    names = ("CPU (% of\nall cores)", "GPU (%)" if seen else "GPU", "memory\n(GB)", *probes)
+    for ax, name in zip(axes[:, 0], names, strict=True):
         ax.set_ylabel(name)
         ax.set_ylim(bottom=0)
+    for ax in axes[0]:
+        ax.set_ylim(0, 105)
+    for ax in axes[1]:
+        ax.set_ylim(0, 105)
+        ax.set_yticks([0, 50, 100] if seen else [])
+    if not seen:
+        axes[1, 0].yaxis.label.set(rotation=0, ha="right", va="center")
+    axes[2, 0].set_ylim(top=1.2 * axes[2, 0].get_ylim()[1])  # of the whole row
+    figure.align_ylabels()
     _texts(figure, title, machine)
     return figure
 
