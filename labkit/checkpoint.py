@@ -41,6 +41,8 @@ class Checkpoint:
 
     def load(self, runner: Any) -> None:
         """The runner's place, before it makes its queue."""
+        if self.folder:
+            runner.state_dict()  # of any order, from the beginning
         if self._kept is not None:
             try:
                 runner.load_state_dict(self._kept["runner"])

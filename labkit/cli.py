@@ -95,7 +95,7 @@ def _parser() -> Parser:
     add("--capacity", metavar="SAMPLES", type=int, help=holds)
     stays = "what stays in it for mixing (default: 1000, more for batches of over 250)"
     add("--min_after_dequeue", metavar="SAMPLES", type=int, help=stays)
-    turns = "of batches; fixed: workers in turn, so the same in each run with the same --seed"
+    turns = "of batches; fixed: in turn, the same in each run with the same --seed (default: any)"
     add("--order", choices=("any", "fixed"), help=turns)
 
     add = group("training")
@@ -106,7 +106,7 @@ def _parser() -> Parser:
     add("--seed", metavar="INTEGER", type=int, help="of weights, order and shuffling")
 
     add = group("what is kept")
-    saved = "save after each epoch, and on Ctrl-C; the same line goes on from there, in fixed order"
+    saved = "save after each epoch, and on Ctrl-C; the same line goes on there; default of --order: fixed"
     add("--checkpoint", metavar="DIR", help=saved)
     add("--save_every", metavar="COUNT", type=int, help="after so many steps, too")
     add("--log_dir", metavar="DIR", help="write TensorBoard summaries to DIR/train and DIR/valid")

@@ -28,7 +28,8 @@ class Resume(tf.keras.callbacks.Callback):
             model.fit(runner.dataset(), epochs=5, shuffle=False, callbacks=[..., resume])
 
     Run the same program again after it was killed: with the same data and number of threads, what
-    is trained on and the weights are those of a run that nobody has disturbed. In place of
+    is trained on and the weights are those of a run that nobody has disturbed. With order="any" it
+    is each sample once an epoch, in some order; make `Resume` ahead of `dataset()`. In place of
     `BackupAndRestore`, which begins the epoch again. The epoch that was begun is shown from its
     first step: those steps that are done already pass at once, without data, so epochs and their
     lengths are the same. History has all epochs, and metrics are of whole epochs.
@@ -39,7 +40,7 @@ class Resume(tf.keras.callbacks.Callback):
     know, TensorFlow's global random numbers, and validation data's place.
 
     Args:
-        runner: of order="fixed", whose `dataset()` is fitted, as it is or with more behind it.
+        runner: whose `dataset()` is fitted, as it is or with more behind it.
         path: the file. It is replaced as a whole, so that it is never half of one, and deleted at
             the end of the training.
         save_freq: "epoch", after each but the last; or also after so many steps.
@@ -47,16 +48,17 @@ class Resume(tf.keras.callbacks.Callback):
     Put it last of the callbacks.
 
     Raises:
-        ValueError: the runner's order is not "fixed"; or the file is of another model or runner.
+        ValueError: the runner's order is "any" and its queue is there already; or the file is of
+            another model or runner.
     """
 
     def __init__(
         self, runner: QueueRunner, path: Any, save_freq: int | Literal["epoch"] = "epoch"
     ) -> None:
         super().__init__()
-        expect(runner.order == "fixed", "Resume: the runner's order must be 'fixed'", runner.order)
         fits = save_freq == "epoch" or is_integer(save_freq, 1)
         expect(fits, "Resume: save_freq must be 'epoch' or an integer >= 1", save_freq)
+        runner._know_samples("labkit.keras.Resume")
         self.runner, self.path, self.save_freq = runner, Path(path), save_freq
         self._kept: dict[str, Any] | None = None  # what the file says, until it is restored
         self._arrays: list[np.ndarray] = []

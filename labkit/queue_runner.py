@@ -114,7 +114,8 @@ class QueueRunner(Resumable):
         max_skipped: int | None = None,
     ) -> None:
         given = {name: value for name, value in locals().items() if name != "self"}
-        self._options = Options(**taken_in(given))
+        self._made = lambda **new: Options(**taken_in({**given, **new}))
+        self._options = self._made()
         self.iterator, self.n_workers = iterator, self._options.n_workers
         self._feeder: Feeder | None = None
         # Both end when nobody has this runner any more.

@@ -45,7 +45,7 @@ def train(
     pools: tuple[int, int] = (1, 1),
     on_start: Callable[[Any, Any], None] | None = None,
     n_threads: int | None = None,
-    order: Literal["any", "fixed"] = "any",
+    order: Literal["any", "fixed"] | None = None,
     checkpoint: str | Path | None = None,
     save_every: int | None = None,
 ) -> History:
@@ -73,11 +73,11 @@ def train(
         on_start: called once the workers run, with the QueueRunner (None without one) and the
             StepTimer, to watch them.
         n_threads: the old name of n_workers.
-        order: of the queue's batches, see `QueueRunner`. "fixed", on a CPU and with `pools` of 1
-            and 1, gives the same losses, step by step, in each run; on a GPU only after
-            `tf.config.experimental.enable_op_determinism()`.
+        order: of the queue's batches, see `QueueRunner`. "fixed", the default of a checkpoint, on a
+            CPU and with `pools` of 1 and 1 gives the same losses, step by step, in each run; on a
+            GPU only after `tf.config.experimental.enable_op_determinism()`.
         checkpoint: a folder to save in after each epoch, each `save_every` steps, and on Ctrl-C;
-            the same settings go on from there, batch for batch. For "queue", in "fixed" order.
+            the same settings go on from there, batch for batch, or, of "any", each sample once.
 
     Returns:
         A `History`.
@@ -274,11 +274,11 @@ def check_settings(settings: dict[str, Any]) -> None:
         check(name, is_integer(settings[name], 1), "an integer >= 1")
     check("pipeline", settings["pipeline"] in PIPELINES, f"one of {PIPELINES}")
     check("workers", settings["workers"] in KINDS, " or ".join(map(repr, KINDS)))
+    settings["order"] = settings["order"] or ("fixed" if settings["checkpoint"] else "any")
     check("order", settings["order"] in ("any", "fixed"), "'any' or 'fixed'")
     every = settings["save_every"]
     check("save_every", every is None or is_integer(every, 1), "None or an integer >= 1")
     if settings["checkpoint"]:
-        settings["order"] = "fixed"
         check("pipeline", settings["pipeline"] == "queue", "'queue' for a checkpoint")
     in_turn = settings["order"] == "any" or settings["n_workers"] != "auto"
     check("n_workers", in_turn, "a number for order='fixed', since workers take turns")

@@ -141,6 +141,103 @@ def test_large_samples_text_and_files_go_on_too(kind):
         assert rest == [whole[0][2:], whole[1]]
 
 
+# -- any order -------------------------------------------------------------------------------------
+
+ANY = {"batch_size": 6, "capacity": 60, "min_after_dequeue": 24, "order": "any"}
+
+
+def hurried(size, pause=0.002):
+    """Workers that take different times, so that they deliver in an order of that run's own."""
+
+    def factory(worker, n_workers, epoch, start=0):
+        import random
+        import time
+
+        for number in range(start + worker, size, n_workers):
+            time.sleep(random.random() * pause)
+            yield 4 * number + np.arange(4) + 10_000 * epoch
+
+    return factory
+
+
+def each_once(batches, epoch, size):
+    samples = sorted(sample for batch in batches for sample in batch)
+    return samples == (np.arange(4 * size) + 10_000 * epoch).tolist()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_in_any_order_each_sample_comes_once_whenever_it_was_stopped(kind):
+    """Three times in the same pass, and with what its source draws from no seed."""
+    options = {**ANY, "workers": kind, "n_workers": 3}
+    begin, came = None, []
+    for stop_after in (1, 30, 20):
+        with QueueRunner(hurried(100), **options) as runner:
+            runner.state_dict() if begin is None else runner.load_state_dict(begin)
+            for number, batch in enumerate(runner.dataset().prefetch(3), 1):
+                came.append(batch.numpy().tolist())
+                if number == stop_after:
+                    break
+            begin = json.loads(text := json.dumps(runner.state_dict(used=len(came))))
+            assert len(text) < 1500
+    with tf.Graph().as_default():
+        runner = QueueRunner(hurried(100), **options)
+        runner.load_state_dict(begin)
+        inputs = runner.get_inputs()
+        with v1.Session() as sess, runner.start(sess):
+            came += [sess.run(inputs).tolist() for _ in range(67 - 51)]
+            with pytest.raises(tf.errors.OutOfRangeError):
+                sess.run(inputs)
+            begin = runner.state_dict()
+    assert each_once(came, 0, 100)
+    assert came != sorted(came)
+    with QueueRunner(hurried(100), **options) as runner:
+        runner.load_state_dict(begin)
+        data = runner.dataset()
+        assert [*data] == []  # what was left of the pass
+        assert each_once([batch.numpy().tolist() for batch in data], 1, 100)
+
+
+@pytest.mark.parametrize(
+    ("source", "options"),
+    [
+        (from_files(range(300), int, 5), {"n_workers": 3}),
+        (from_files(range(300), int, 5), {"shuffle": False, "min_after_dequeue": 0}),
+        (lambda: iter(np.arange(300).reshape(-1, 5)), {}),
+        (from_files(range(300), int, 5), {"n_workers": "auto", "max_workers": 4}),
+        (from_files(range(300), lambda i: np.full(1 << 15, i), 5),
+         {"workers": "process", "n_workers": 2}),  # in parts of a batch
+    ],
+)  # fmt: skip
+@pytest.mark.filterwarnings("ignore:QueueRunner. .* chunks are made again")
+def test_any_source_goes_on_in_any_order(source, options, capsys):
+    begin, came = None, []
+    for stop_after in (20, 100):
+        with QueueRunner(source, **{**ANY, **options}) as runner:
+            runner.state_dict() if begin is None else runner.load_state_dict(begin)
+            for number, batch in enumerate(runner.dataset(), 1):
+                came += batch.numpy().reshape(len(batch), -1)[:, 0].tolist()
+                if number == stop_after:
+                    break
+            begin = runner.state_dict()
+    assert sorted(came) == list(range(300))
+    assert (begin["pass"], begin["batches"]) in ((0, 50), (1, 0))
+
+
+def test_what_is_packed_is_read_again():
+    rng = np.random.default_rng(0)
+    record, made = Record(0, Mixed.none(4), 1000, 10**9), [0] * 4
+    for worker in rng.integers(4, size=3000).tolist():
+        record.note(Chunk(worker, [np.zeros(32)], 0.0, 0, number=made[worker]))
+        made[worker] += 1
+    mixed = record.up_to(90_000)
+    text = json.dumps(mixed.as_list())
+    assert Mixed.of_list(json.loads(text)) == mixed
+    assert len(text) < 4000
+
+
+# -- a factory that cannot begin later -------------------------------------------------------------
+
+
 class Batches:
     """What only one worker can run, from its beginning."""
 
@@ -218,7 +315,7 @@ def test_the_length_that_a_pass_has_is_not_that_of_its_rest():
         ({"batch_size": 7}, "batch_size was 6, and is 7"),
         ({"min_after_dequeue": 20}, "min_after_dequeue was 24, and is 20"),
         ({"iterator": np.arange}, "factory was .*shares.*factory.*, and is 'numpy.arange'"),
-        ({"order": "any"}, "order must be 'fixed', got 'any'"),
+        ({"order": "any"}, "order was 'fixed', and is 'any'"),
     ],
 )
 def test_a_state_of_another_runner_is_refused_with_what_differs(changed, says):
@@ -242,8 +339,11 @@ def test_what_is_no_state_of_this_version_is_refused():
     ):
         with pytest.raises(ValueError, match=says):
             runner.load_state_dict(wrong)
-    with pytest.raises(ValueError, match="order must be 'fixed', got 'any'"):
-        QueueRunner(shares([4])).state_dict()
+    with QueueRunner(shares([4]), spec=Component("x", (), np.int64)) as late:
+        late.dataset()
+        for call in (late.state_dict, lambda: late.load_state_dict(there)):
+            with pytest.raises(ValueError, match=r"call state_dict.. once ahead of dataset"):
+                call()
     there = json.loads(passes(shares([4] * 40), stop_after=3)[1])
     with tf.Graph().as_default(), pytest.raises(ValueError, match=r"n_workers must be 1.*got 2"):
         runner = QueueRunner(shares([4] * 40), **FIXED, spec=Component("x", (), np.int64))

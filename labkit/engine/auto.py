@@ -18,8 +18,8 @@ class Scaler:
     decision is printed once.
     """
 
-    def __init__(self, limit: int) -> None:
-        self.limit, self.count = limit, 1
+    def __init__(self, limit: int, count: int = 1) -> None:
+        self.limit, self.count = limit, count
         self.before = (0.0, 0)  # rate and count before the last growth
         self.enough_seen = self.plateau = False
         self.full_windows = 0

@@ -52,6 +52,8 @@ class Options:
     shuffle: bool
     max_skipped: int | None
     entropy: int = field(init=False)  # of the workers' random numbers
+    mixes: bool = field(init=False)  # the feeder itself, so that it is known what was delivered
+    settled: bool = field(init=False, default=False)  # a queue was asked for: it stays as it is
 
     def __post_init__(self) -> None:
         def check(name: str, fits: bool, what: str) -> None:
@@ -90,27 +92,30 @@ class Options:
         drawn = self.seed is None and self.order == "any"
         entropy = secrets.randbits(64) if drawn else (self.seed or 0) % 2**64
         object.__setattr__(self, "entropy", entropy)
+        object.__setattr__(self, "mixes", self.order == "fixed")
         if self.spec is not None:
             object.__setattr__(self, "spec", Spec.given(self.spec))
 
     @property
     def _mixed(self) -> int:
-        """Samples that the feeder mixes itself: TensorFlow's queue would by who is first."""
-        return self.min_after_dequeue if self.order == "fixed" else 0
+        """Samples that the feeder mixes itself: nobody can look into TensorFlow's queue."""
+        return self.min_after_dequeue if self.mixes else 0
 
     @property
     def _queue_mixes(self) -> bool:
-        return self.shuffle and self.order == "any"
+        return self.shuffle and not self.mixes
 
     def _order(self, resumed: Resumed | None) -> Order | None:
-        if self.order == "any":
+        if not self.mixes:
             return None
         ahead = self.capacity + AHEAD * self.batch_size
-        return Order(self._mixed, (self.seed or 0) % 2**63, ahead, resumed)
+        seed = (self.seed or 0) % 2**63
+        return Order(self._mixed, seed, ahead, resumed, self.order == "fixed")
 
     def queue(self, spec: Spec) -> tuple[Any, ...]:
         """What its `tf_queue.Shape` is made of. Raises MemoryError where that would not fit."""
         self.check_memory(spec)
+        object.__setattr__(self, "settled", True)
         size, least = self.capacity - self._mixed, self.min_after_dequeue - self._mixed
         return spec, self.batch_size, size, least, self.seed, self._queue_mixes
 
@@ -144,10 +149,12 @@ class Options:
             skip=self.on_error == "skip",
         )
         order = self._order(resumed)
-        if resumed is not None and order is not None and resumed.epoch == epoch:
-            was = len(resumed.mixed.begins)
-            what = f"QueueRunner: n_workers must be {was}, as when the loaded state was taken"
-            expect(n_workers == was, what, n_workers)
+        begun = resumed is not None and resumed.epoch == epoch and resumed.mixed.begins
+        if resumed is not None and order is not None and begun:
+            was, now = len(resumed.mixed.begins), job.factory.n_workers
+            name = "max_workers" if auto else "n_workers"
+            what = f"QueueRunner: {name} must be {was}, as when the loaded state was taken"
+            expect(now == was, what, now)
             resumed.begin(job.factory, order.mixed, order.seed)
         terms = Terms(
             self.on_error,
@@ -155,7 +162,7 @@ class Options:
             self.min_after_dequeue - self._mixed + self.batch_size,
             self.capacity - self._mixed,
             self.samples,
-            Scaler(limit) if auto else None,
+            Scaler(limit, resumed.workers if resumed else 1) if auto else None,
             order,
             self.max_skipped,
         )

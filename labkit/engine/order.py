@@ -1,6 +1,6 @@
-"""A fixed order of samples: mixed so that no timing has a part in it, and cut into batches.
+"""An order of samples that is known: mixed by a seed and no timing, and cut into batches.
 
-pool ──messages──► Turns: worker 0's batch, worker 1's, ... ──► Reservoir ──► Cutter ──► queue
+pool ──messages──► Turns: a batch, and another one, ... ──► Reservoir ──► Cutter ──► queue
 """
 
 from collections.abc import Iterator
@@ -43,6 +43,10 @@ class Reservoir:
             return self._given([column[:0] for column in columns])
         columns, self._parts = joined([*self._parts, columns]), []
         return self._given(self._exchange(columns))
+
+    def break_off(self) -> None:
+        """Forgets the parts of a batch of which no more come."""
+        self._parts = []
 
     def rest(self) -> list[Any]:
         """What is left at the end of the pass, mixed; no array at all if nothing ever came."""

@@ -1,11 +1,13 @@
-"""Which chunks came in a pass with a fixed order, and so what is left of it at any of its batches.
+"""Which chunks came in a pass, and so what is left of it at any of its batches.
 
 A reservoir's draws follow from the seed, the pass and the number of the chunk. So what it holds is
 found again from the sizes of the chunks that came last, without a sample of them.
 """
 
+import base64
 import math
 import threading
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -19,6 +21,7 @@ from labkit.engine.produce import Stretches
 Key = tuple[int, int]  # a chunk: its worker, and its number there
 _SURE = 30  # e ** -30 is how likely a sample is to stay longer than is kept
 AHEAD = 4096  # batches that a pipeline may have taken ahead of the step
+_READABLE = 8  # runs in a state; more are packed
 
 
 @dataclass(frozen=True)
@@ -66,12 +69,18 @@ class Mixed:
 
     def as_list(self) -> list[Any]:
         """For JSON."""
-        runs = [[run.worker, run.number, run.rows, run.count] for run in self.runs]
+        runs: Any = [[run.worker, run.number, run.rows, run.count] for run in self.runs]
+        if len(runs) > _READABLE:  # of workers that do not take turns: about 2 bytes each
+            steps = np.diff(np.array(runs, "<i8"), axis=0, prepend=0)
+            runs = base64.b64encode(zlib.compress(steps.T.tobytes(), 9)).decode()
         return [self.chunks, self.rows, list(self.begins), self.turn, runs]
 
     @classmethod
     def of_list(cls, given: list[Any]) -> "Mixed":
         chunks, rows, begins, turn, runs = given
+        if isinstance(runs, str):
+            steps = np.frombuffer(zlib.decompress(base64.b64decode(runs)), "<i8")
+            runs = np.cumsum(steps.reshape(4, -1), axis=1).T.tolist()
         return cls(chunks, rows, tuple(begins), turn, tuple(Run(*run) for run in runs))
 
 
@@ -116,6 +125,11 @@ class Record:
         """Of one that had its turn."""
         with self._lock:
             self._add(chunk.worker, chunk.number, 0)
+
+    def break_off(self) -> None:
+        """Of a chunk that came in parts, no more come."""
+        with self._lock:
+            self._part = 0
 
     def _add(self, worker: int, number: int, rows: int) -> None:
         last = self._runs[-1] if self._runs else None

@@ -94,6 +94,7 @@ class Resumable:
     """What of a `QueueRunner` says where it is, and goes on from there."""
 
     n_workers: Any
+    _made: Callable[..., Options]
     _options: Options
     _feeder: Feeder | None
     _place: Place
@@ -103,11 +104,16 @@ class Resumable:
     def state_dict(self, used: int | None = None) -> dict[str, Any]:
         """Where this runner is, between two batches: a small dict that JSON can keep.
 
-        Of a runner with order="fixed". Another one with the same arguments, in another process and
-        with another kind of worker, that is given it by `load_state_dict`, delivers exactly the
-        batches that this one would have delivered next, in the same order, to the bit. Past the
-        last batch of a pass that is its end, and then the next pass. What a factory keeps from one
-        pass to the next is not part of it.
+        Another runner with the same arguments, in another process and with another kind of worker,
+        is given it by `load_state_dict`. With order="fixed" it delivers exactly the batches that
+        this one would have delivered next, in the same order, to the bit. With order="any" it is
+        each sample once: of the pass that was begun, precisely the samples that were not delivered
+        yet, in some order. Past the last batch of a pass that is its end, and then the next pass.
+        What a factory keeps from one pass to the next is not part of it.
+
+        With order="any", call this or `load_state_dict` once ahead of `dataset` or `get_inputs`:
+        samples are then mixed ahead of the queue, where it is known which, and `seed` is 0 if none
+        is given. Later, TensorFlow's queue has mixed them already.
 
         Args:
             used: how many batches of the newest pass were used, where what lies between, as a
@@ -115,12 +121,13 @@ class Resumable:
                 `labkit.keras.Resume` counts them.
 
         Raises:
-            ValueError: order is "any", whose samples lie in a queue that nobody can look into;
-                or `used` is no number of batches that were taken.
+            ValueError: order is "any", and TensorFlow's queue mixes, see above; or `used` is no
+                number of batches that were taken.
             RuntimeError: `used` is thousands of batches behind.
         """
         with self._lock:
-            if used is None or self._options.order == "any":
+            self._know_samples("QueueRunner.state_dict")
+            if used is None:
                 return self._state_at(*self._place.position())
             newest, taken = self._place.newest, self._place.taken()
             what = f"QueueRunner.state_dict: used must be from 0 to {taken}, the batches taken"
@@ -130,13 +137,14 @@ class Resumable:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """The next pass goes on where `state`, of a runner with the same arguments, was taken.
 
-        Before `get_inputs` or `dataset`, or between two passes; workers that run are stopped. A
-        factory that has a parameter `start` makes only those chunks again of which samples lay in
-        the reservoir or the queue; it is called once for each stretch of them. `start` is how many
-        of the pass's first chunks to leave out: of all workers together if the factory takes
-        `n_workers`, as in `range(start + worker, size, n_workers)`; or else of this worker. Its
-        random numbers must follow from the seed, the epoch and the number of the chunk. Any other
-        factory makes all chunks of the pass again, which are dropped.
+        Before `get_inputs` or `dataset`; or between two passes, if order is "fixed" or the state
+        was asked for before. Workers that run are stopped. A factory that has a parameter `start`
+        makes only those chunks again of which samples lay in the reservoir or the queue; it is
+        called once for each stretch of them. `start` is how many of the pass's first chunks to
+        leave out: of all workers together if the factory takes `n_workers`, as in
+        `range(start + worker, size, n_workers)`; or else of this worker. Its random numbers must
+        follow from the seed, the epoch and the number of the chunk. Any other factory makes all
+        chunks of the pass again, which are dropped.
 
         Raises:
             ValueError: it is no such state, or of a runner with other arguments; it says which.
@@ -144,24 +152,34 @@ class Resumable:
         self._load(state)
 
     def _load(self, state: dict[str, Any], whole: bool = False) -> None:
+        self._know_samples("QueueRunner.load_state_dict")
         resumed = _read(state, self._options, self.n_workers)
         self.stop()
         with self._lock:
             self._feeder, self._place = None, Place(resumed, whole)
 
+    def _know_samples(self, who: str) -> None:
+        """From now on it is known which samples were delivered, whatever their order."""
+        if self._options.mixes:
+            return
+        if self._options.settled:
+            raise ValueError(
+                f"{who}: nobody knows which samples lie in TensorFlow's queue, which mixes them "
+                "already. With order='any', call state_dict() once ahead of dataset() or "
+                "get_inputs(), so that they are mixed where it is known; or give order='fixed'."
+            )
+        if self._options.seed is None:  # a source draws its order from it
+            self._options = self._made(seed=0, n_workers=self.n_workers)
+        object.__setattr__(self._options, "mixes", True)
+
     def _state_at(self, epoch: int, batches: int) -> dict[str, Any]:
         options, place = self._options, self._place
-        if options.order != "fixed":
-            raise ValueError(
-                "QueueRunner.state_dict: order must be 'fixed', got 'any': nobody knows which "
-                "samples lie in a queue that mixes them. Use QueueRunner(..., order='fixed')."
-            )
         records = () if self._feeder is None else self._feeder.heard.records
         record = next((record for record in records if record.epoch == epoch), None)
         resumed = place.resumed
         if record is None and resumed and (resumed.epoch, resumed.batches) == (epoch, batches):
             return dict(resumed.state)
-        samples, mixed = 0, Mixed.none(self.n_workers)
+        samples, mixed = 0, Mixed.none(0 if self.n_workers == "auto" else self.n_workers)
         if record is not None and batches:
             samples = min(batches * options.batch_size, record.samples)
             batches = -(-samples // options.batch_size)
@@ -188,7 +206,6 @@ def _sameness(options: Options, n_workers: Any) -> dict[str, Any]:
 
 def _read(state: Any, options: Options, n_workers: Any) -> Resumed:
     who = "QueueRunner.load_state_dict"
-    expect(options.order == "fixed", f"{who}: order must be 'fixed'", options.order)
     form = state.get("format") if isinstance(state, dict) else None
     if form is None:
         raise ValueError(f"{who}: expected what state_dict() returned, got {short(state)}.")

@@ -1,6 +1,6 @@
-"""Workers deliver in turn, in a pass that may go on where another run left it.
+"""Workers deliver in turn, or as they come, in a pass that may go on where another run left it.
 
-The price is that the slowest worker sets the pace: the others wait for their turn.
+The price of turns is that the slowest worker sets the pace: the others wait for theirs.
 """
 
 import collections
@@ -32,6 +32,11 @@ class Resumed:
     mixed: Mixed
     state: dict[str, Any]
 
+    @property
+    def workers(self) -> int:
+        """How many there have to be at the least, to make again what they made."""
+        return max((who + 1 for who, begin in enumerate(self.mixed.begins) if begin), default=1)
+
     def begin(self, factory: IteratorFactory, size: int, seed: int) -> None:
         """Tells a factory which chunks are wanted, if it can make them without the others."""
         again = set(self.again(size, seed))
@@ -49,19 +54,21 @@ class Resumed:
 
 @dataclass(frozen=True)
 class Order:
-    """How a fixed order is made.
+    """How an order is made that the feeder knows.
 
     Attributes:
         mixed: samples that stay behind for mixing.
         seed: of that.
         ahead: the most samples that the queue, and who takes from it, may have and not have used.
         resumed: where a pass goes on.
+        in_turn: workers deliver in turn; or else as they come.
     """
 
     mixed: int
     seed: int
     ahead: int
     resumed: Resumed | None = None
+    in_turn: bool = True
 
     def used(self, epoch: int) -> int:
         """Samples of a pass that were used before it went on."""
@@ -71,16 +78,17 @@ class Order:
     def turns(self, pool: Pool, over: set[int], epoch: int) -> "Turns":
         """The workers in turn, from the beginning of a pass or from where it goes on."""
         resumed = self.resumed
-        if resumed is None or resumed.epoch != epoch:
+        if resumed is None or resumed.epoch != epoch or not resumed.mixed.begins:
             none = Mixed.none(pool.n_workers)
             reservoir = Reservoir(self.mixed, self.seed, epoch)
-            return Turns(pool, over, reservoir, Record(epoch, none, self.mixed, self.ahead))
+            record = Record(epoch, none, self.mixed, self.ahead)
+            return Turns(pool, over, reservoir, record, 0 if self.in_turn else None)
         mixed = resumed.mixed
         used = resumed.samples - max(0, mixed.rows - self.mixed)
         reservoir = Reservoir(self.mixed, self.seed, epoch, mixed.chunks, used)
         record = Record(epoch, mixed, self.mixed, self.ahead)
         before = Remade(pool, reservoir, mixed, resumed.again(self.mixed, self.seed))
-        return Turns(pool, over, reservoir, record, mixed.turn, before)
+        return Turns(pool, over, reservoir, record, mixed.turn if self.in_turn else None, before)
 
 
 class Turns:
@@ -88,7 +96,8 @@ class Turns:
 
     Args:
         over: the workers that deliver nothing any more.
-        turn: the worker who comes first.
+        turn: the worker who comes first. None: there are no turns, it is whoever has something,
+            but a batch that comes in parts still comes as a whole.
         before: takes what was delivered before, where the pass goes on. Nothing comes until it has
             all that it waits for.
 
@@ -103,13 +112,14 @@ class Turns:
         over: set[int],
         reservoir: Reservoir,
         record: Record,
-        turn: int = 0,
+        turn: int | None = 0,
         before: "Remade | None" = None,
     ) -> None:
         self._pool, self._over = pool, over
         self.reservoir, self.record = reservoir, record
         self._early = [collections.deque[Message]() for _ in range(pool.n_workers)]
-        self._turn, self._before = turn, before
+        self._in_turn, self._before = turn is not None, before
+        self._turn = turn  # None: nobody's
 
     def get(self, seconds: float) -> Message | None:
         """The next message in turn, or None if nothing comes within `seconds`."""
@@ -117,13 +127,18 @@ class Turns:
             self._take_in(seconds)
             return None
         while not self._over.issuperset(range(len(self._early))):
-            early = self._early[self._turn]
+            if self._turn is None:
+                self._turn = next((who for who, its in enumerate(self._early) if its), None)
+            early = self._early[self._turn] if self._turn is not None else None
             if early:
                 message = early.popleft()
                 if not isinstance(message, Chunk) or message.last:
                     self._next()
+                if isinstance(message, Lost):
+                    self.reservoir.break_off()
+                    self.record.break_off()
                 return message
-            if self._turn in self._over:
+            if early is not None and self._turn in self._over:
                 self._next()
                 continue
             if not self._take_in(seconds):
@@ -162,7 +177,10 @@ class Turns:
             early.clear()
 
     def _next(self) -> None:
-        self._turn = (self._turn + 1) % len(self._early)
+        if self._in_turn and self._turn is not None:
+            self._turn = (self._turn + 1) % len(self._early)
+        else:
+            self._turn = None
 
 
 class Remade:
