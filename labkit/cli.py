@@ -106,7 +106,7 @@ def _parser() -> Parser:
     add("--seed", metavar="INTEGER", type=int, help="of weights, order and shuffling")
 
     add = group("what is kept")
-    saved = "save after each epoch, and on Ctrl-C; the same line goes on there; default of --order: fixed"
+    saved = "save after each epoch, and on Ctrl-C; the same line goes on; --order is fixed then"
     add("--checkpoint", metavar="DIR", help=saved)
     add("--save_every", metavar="COUNT", type=int, help="after so many steps, too")
     add("--log_dir", metavar="DIR", help="write TensorBoard summaries to DIR/train and DIR/valid")

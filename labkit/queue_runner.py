@@ -48,12 +48,10 @@ class QueueRunner(Resumable):
             `labkit.from_files`, a Keras `PyDataset`, an object with `__len__` and `__getitem__`,
             all split by index; a `tf.data.Dataset` or another iterable, run by one worker.
         batch_size: samples that the model takes per step; free of the iterator's own chunk size.
-        n_workers: how many workers, or "auto": grows and shrinks while it runs, up to
-            `max_workers`, and prints each decision.
+        n_workers: how many, or "auto": grows and shrinks, up to `max_workers`, and prints why.
         workers: "thread", for iterators that wait (disk, network); "process", for those that hold
             Python's lock (GIL); or "auto": tries both for a second or two ahead, and prints why.
-        capacity: samples the queue can hold. Default: min_after_dequeue and as many again, 2000
-            for batches of 250 and less.
+        capacity: samples the queue can hold. Default: min_after_dequeue + max(1000, 4 batches).
         min_after_dequeue: samples that stay behind for mixing; training starts above it.
             Default 1000, or four batches where that is more.
         spec: structure like a batch, with `labkit.Component(name, shape, dtype)` at each leaf (the
@@ -68,16 +66,19 @@ class QueueRunner(Resumable):
         max_workers: the limit for "auto". Default: 32 threads, or one process per usable core.
         seed: of the shuffling, of the order of a data set that is split by index, and of `seed` and
             `rng` of the iterator. None: drawn once.
-        samples: of one pass over all workers, where you know it; `dataset()` then tells Keras how
-            long an epoch is, and a pass of another length is an error (not by what was left out).
-            Default: that of a data set read by sample, or of a factory's `__len__` (in batches).
+        samples: of one pass of all workers (and trainers), if known: the length of Keras's epoch;
+            another one is an error (not by what was left out). Default: that of a data set read by
+            sample, or of a factory's `__len__` (in batches).
         reuses_buffers: the iterator may write into an array again after it has yielded it, so a
             thread copies what anybody else refers to. False saves that copy. Default True.
         order: "any", as batches come; or "fixed": with the same seed (none is 0) and n_workers the
-            same sequence, to the bit, in each run. Workers deliver in turn, so the slowest sets the
-            pace. Of a factory that makes batch i in worker i % n_workers, as
-            `MnistDataGenerator.passes_iterator`, it is the same for every n_workers.
+            same sequence, to the bit, in each run; for every n_workers if worker i makes batches i,
+            i + n_workers, ... Workers deliver in turn, so the slowest sets the pace.
         shuffle: False delivers samples in the order in which they come; nothing stays behind.
+        shard: (rank, world), which of several trainers on one data set this is, as with
+            MultiWorkerMirroredStrategy; each has n_workers, and they are numbered through all.
+        uneven: how all trainers come to equally many steps: "drop" cuts the longer parts; "pad"
+            fills up with samples of the pass again; or the iterator is "endless".
         max_skipped: how many batches "skip" may leave out of a pass; one more is a WorkerError.
             Default: 1 % of those that came so far, but at least 10.
 
@@ -112,6 +113,8 @@ class QueueRunner(Resumable):
         order: Literal["any", "fixed"] = "any",
         shuffle: bool = True,
         max_skipped: int | None = None,
+        shard: tuple[int, int] | None = None,
+        uneven: Literal["drop", "pad", "endless"] = "drop",
     ) -> None:
         given = {name: value for name, value in locals().items() if name != "self"}
         self._made = lambda **new: Options(**taken_in({**given, **new}))
@@ -148,8 +151,7 @@ class QueueRunner(Resumable):
     def get_inputs(self) -> Any:
         """Builds the queue in the default graph and returns the batch that it yields.
 
-        The workers begin to produce here, so that they have batches ready by the time that the
-        rest of the graph is built; with a given `spec`, not before `start`. Until then `stop()`
+        The workers begin to produce here, but with a given `spec` at `start`. Until then `stop()`
         ends them, so write `with runner:` around both where the code between may fail.
 
         Returns:
@@ -157,8 +159,7 @@ class QueueRunner(Resumable):
             `batch_size`, and smaller only for the last batch of a finite iterator.
 
         Raises:
-            WorkerError: the first batch, from which the spec is read, could not be had.
-            MemoryError: see the class.
+            WorkerError, MemoryError: see the class; also of the first batch, which gives the spec.
         """
         if tf.executing_eagerly():
             raise RuntimeError(

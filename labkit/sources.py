@@ -121,7 +121,8 @@ def as_factory(
 
 def taken_in(given: dict[str, Any]) -> dict[str, Any]:
     """QueueRunner's arguments with a factory as `iterator`, and with what its source tells."""
-    seed = given["seed"] or 0 if given["order"] == "fixed" else given["seed"]
+    known = given["order"] == "fixed" or given["shard"] is not None
+    seed = given["seed"] or 0 if known else given["seed"]
     factory = as_factory(given["iterator"], given["batch_size"], seed, bool(given["shuffle"]))
     if isinstance(factory, BySample):
         factory = factory.ordered(seed, bool(given["shuffle"]))
@@ -202,6 +203,8 @@ class BySample(_Source):
         """The same with a runner's seed, if it has none of its own, and shuffled if both want."""
         seed = seed if self._given is None else self._given
         return BySample(self.source, self.batch_size, seed, self.shuffle and shuffle, self.names)
+
+    _labkit_rows = property(attrgetter("batch_size"))
 
     def __len__(self) -> int:
         return -(-len(self.source) // self.batch_size)

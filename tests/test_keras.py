@@ -84,6 +84,35 @@ def test_a_training_that_is_killed_goes_on(tmp_path):
     assert not resume.differences(killed, undisturbed)
 
 
+def test_in_any_order_each_sample_is_trained_on_once_an_epoch(tmp_path):
+    path, any_order = tmp_path / "state", {**FIXED, "order": "any"}
+    seen = []  # the first number of each sample of each step
+
+    def loss(y, predicted):
+        seen.append(y.numpy()[:, 0].tolist())
+        return tf.reduce_mean((y - predicted) ** 2, axis=-1)
+
+    def fit(*callbacks):
+        made = model()
+        made.compile("adam", loss, steps_per_execution=2, run_eagerly=True)
+        with QueueRunner(factory, n_workers=2, samples=80, **any_order) as runner:
+            last = labkit.keras.Resume(runner, path, 3)
+            data = runner.dataset().prefetch(4)
+            made.fit(data, epochs=2, verbose=0, shuffle=False, callbacks=[*callbacks, last])
+
+    with pytest.raises(StoppedError):
+        fit(StopAt(6))
+    kept = labkit.keras._load(path)[0]["runner"]["batches"]
+    assert 0 < kept < len(seen) == 12
+    del seen[kept:]
+    fit()
+    steps, each = [seen[:14], seen[14:]], [factory(0, 1, epoch) for epoch in range(2)]
+    assert [len(epoch) for epoch in steps] == [14, 14]
+    for epoch, batches in zip(steps, each, strict=True):
+        made = np.concatenate([y[:, 0] for _, y in batches])
+        assert sorted(np.concatenate(epoch)) == sorted(made)
+
+
 class InTheWay(tf.keras.callbacks.Callback):
     def on_train_batch_begin(self, batch, logs=None):
         if self.model.train_function.__class__.__name__ == "Tap":
@@ -91,9 +120,10 @@ class InTheWay(tf.keras.callbacks.Callback):
 
 
 def test_what_cannot_go_on_is_refused(tmp_path):
-    runner = QueueRunner(factory)
-    with pytest.raises(ValueError, match="order must be 'fixed', got 'any'"):
-        labkit.keras.Resume(runner, tmp_path / "state")
+    with QueueRunner(factory) as runner:
+        runner.dataset()
+        with pytest.raises(ValueError, match=r"Resume: nobody knows .* once ahead of dataset"):
+            labkit.keras.Resume(runner, tmp_path / "state")
     runner = QueueRunner(factory, n_workers=2, **FIXED)
     with pytest.raises(ValueError, match="save_freq must be 'epoch' or an integer >= 1, got 0"):
         labkit.keras.Resume(runner, tmp_path / "state", 0)

@@ -22,6 +22,7 @@ from labkit.engine.heard import Heard
 from labkit.engine.interrupts import ear
 from labkit.engine.messages import Chunk, Ended, Lost, Skipped, WorkerError
 from labkit.engine.pool import Pool
+from labkit.engine.shares import EvenQueue, Share
 from labkit.engine.turns import Order, Turns
 
 _TICK = 0.1
@@ -53,7 +54,8 @@ class Terms:
         capacity: samples that the queue holds.
         samples: of a pass, where they are known.
         scaler: of n_workers="auto".
-        order: of a fixed one; the feeder itself mixes.
+        order: of one that is known; the feeder itself mixes.
+        share: of several trainers.
         max_skipped: batches that may be left out of a pass; None: see `Skips`.
     """
 
@@ -64,6 +66,7 @@ class Terms:
     samples: int | None = None
     scaler: Scaler | None = None
     order: Order | None = None
+    share: Share | None = None
     max_skipped: int | None = None
 
     @property
@@ -116,6 +119,9 @@ class Feeder:
 
         The pass before is given up, if it still runs.
         """
+        if self.terms.share is not None:
+            given = self.terms.order.used(epoch) if self.terms.order else 0
+            queue = EvenQueue(queue, self.terms.share, self.heard, given)
         before, self._queue = self._queue, queue
         if before is not None:
             before.close(cancel=True)
@@ -253,6 +259,8 @@ class Feeder:
     def _put(self, queue: Queue, first: Chunk) -> None:
         chunks = self._ready_together(first)
         try:
+            for chunk in chunks:  # while its arrays are what they were
+                self.heard.note(chunk)
             turns = self._turns
             arrays = joined([c.arrays if turns is None else turns.mixed(c) for c in chunks])
             if len(arrays[0]) and not queue.enqueue(arrays):
@@ -261,8 +269,6 @@ class Feeder:
             for chunk in chunks:
                 self.pool.release(chunk)
         self.heard.samples += len(arrays[0])
-        for chunk in chunks:
-            self.heard.note(chunk)
         if self.terms.scaler is not None:
             self._scale(self.terms.scaler, chunks, queue)
 

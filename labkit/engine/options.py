@@ -15,6 +15,7 @@ from labkit.engine.feeder import Feeder, Terms
 from labkit.engine.pool import Job
 from labkit.engine.produce import IteratorFactory
 from labkit.engine.record import AHEAD
+from labkit.engine.shares import Share
 from labkit.engine.trial import chosen_kind
 from labkit.engine.turns import Order, Resumed
 
@@ -51,6 +52,8 @@ class Options:
     order: str
     shuffle: bool
     max_skipped: int | None
+    shard: tuple[int, int] | None
+    uneven: str
     entropy: int = field(init=False)  # of the workers' random numbers
     mixes: bool = field(init=False)  # the feeder itself, so that it is known what was delivered
     settled: bool = field(init=False, default=False)  # a queue was asked for: it stays as it is
@@ -88,13 +91,43 @@ class Options:
         timeout = self.timeout
         in_time = timeout is None or (isinstance(timeout, (int, float)) and timeout > 0)
         check("timeout", in_time, "None or seconds > 0")
-        IteratorFactory(self.iterator, 1)
-        drawn = self.seed is None and self.order == "any"
+        factory = IteratorFactory(self.iterator, 1)
+        if self.shard is not None:
+            self._check_shard(factory)
+        drawn = self.seed is None and self.order == "any" and self.shard is None
         entropy = secrets.randbits(64) if drawn else (self.seed or 0) % 2**64
         object.__setattr__(self, "entropy", entropy)
         object.__setattr__(self, "mixes", self.order == "fixed")
         if self.spec is not None:
             object.__setattr__(self, "spec", Spec.given(self.spec))
+
+    def _check_shard(self, factory: IteratorFactory) -> None:
+        pair = self.shard if isinstance(self.shard, (tuple, list)) else ()
+        fits = len(pair) == 2 and is_integer(pair[1], 1) and is_integer(pair[0], 0, pair[1] - 1)
+        what = "QueueRunner: shard must be (rank, world), integers with 0 <= rank < world"
+        expect(fits, what, self.shard)
+        fits = is_integer(self.n_workers, 1)
+        expect(fits, "QueueRunner: n_workers must be a number for shard", self.n_workers)
+        whole = getattr(self.iterator, "whole", "")
+        expect(not whole, "QueueRunner: shard needs a data set that can be split", whole)
+        takes = {"worker", "n_workers"} <= factory.names
+        what = "QueueRunner: shard needs an iterator with the parameters worker and n_workers"
+        expect(takes, what, sorted(factory.names))
+        ways = ("drop", "pad", "endless")
+        what = f"QueueRunner: uneven must be one of {ways}"
+        expect(self.uneven in ways, what, self.uneven)
+        known = (self.samples is not None) == (self.uneven != "endless")
+        what = (
+            "QueueRunner: shard needs samples=, of a pass of all trainers, for they must all take "
+            "as many steps; or uneven='endless' and no samples, of an iterator without an end"
+        )
+        expect(known, what, (self.samples, self.uneven))
+
+    def _share(self, n_workers: Any) -> Share | None:
+        if self.shard is None:
+            return None
+        exact, pads = self.on_error == "raise", self.uneven == "pad"
+        return Share(*self.shard, n_workers, self.samples, self.batch_size, pads, exact)
 
     @property
     def _mixed(self) -> int:
@@ -136,9 +169,9 @@ class Options:
         """A new run, whose first pass has the number `epoch`; it goes on if that is `resumed`."""
         kind = KINDS[self.workers]
         limit = self.max_workers or kind.limit()
-        auto = n_workers == "auto"
+        auto, shard = n_workers == "auto", self.shard or (0, 1)
         job = Job(
-            IteratorFactory(self.iterator, limit if auto else int(n_workers), self.entropy),
+            IteratorFactory(self.iterator, limit if auto else int(n_workers), self.entropy, shard),
             spec or self.spec,
             self.timeout,
             self.capacity + 2 * self.batch_size,
@@ -161,9 +194,10 @@ class Options:
             self.batch_size,
             self.min_after_dequeue - self._mixed + self.batch_size,
             self.capacity - self._mixed,
-            self.samples,
+            self.samples if self.shard is None else None,
             Scaler(limit, resumed.workers if resumed else 1) if auto else None,
             order,
+            self._share(n_workers),
             self.max_skipped,
         )
         return Feeder(kind.pool(job), terms)
@@ -171,6 +205,10 @@ class Options:
     def batches(self, rows: int) -> int | None:
         """How many a pass has, where that is known and nothing may be left out; `rows`: of the
         first chunk, 0 while that is not known."""
+        share = self._share(self.n_workers)
+        if share is not None:
+            each = getattr(self.iterator, "_labkit_rows", None)
+            return share.steps(each) if each and share.samples else None
         if self.on_error != "raise":
             return None
         if self.samples is not None:

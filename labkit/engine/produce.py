@@ -48,10 +48,16 @@ class IteratorFactory:
 
     Args:
         seed: of what each worker draws in each pass; None: drawn now.
+        shard: of several trainers with as many workers each, which one this is, and how many there
+            are. The factory's workers are numbered through all of them.
     """
 
     def __init__(
-        self, factory: Callable[..., Iterable[Any]], n_workers: int, seed: int | None = None
+        self,
+        factory: Callable[..., Iterable[Any]],
+        n_workers: int,
+        seed: int | None = None,
+        shard: tuple[int, int] = (0, 1),
     ) -> None:
         if not callable(factory):
             raise TypeError(
@@ -60,7 +66,7 @@ class IteratorFactory:
             )
         # What labkit has made of a data set may hold the state of a run: each run has its own.
         self.factory = getattr(factory, "_labkit_fresh", lambda: factory)()
-        self.n_workers = n_workers
+        self.n_workers, self.shard = n_workers, shard
         self.seed = secrets.randbits(64) if seed is None else seed
         self.resumed: Stretches | None = None
         # What labkit has wrapped itself is not what errors should speak of.
@@ -101,10 +107,12 @@ class IteratorFactory:
     def start(self, done: int) -> int:
         """What the parameter `start` is after `done` chunks of a worker: whoever shares counts
         those of all workers, as in range(start + worker, size, n_workers)."""
-        return done * self.n_workers if self.shards else done
+        return done * self.n_workers * self.shard[1] if self.shards else done
 
     def _filled(self, worker: int, epoch: int, done: int = 0) -> dict[str, Any]:
-        known: dict[str, Any] = {"worker": worker, "n_workers": self.n_workers, "epoch": epoch}
+        rank, world = self.shard
+        worker, count = rank * self.n_workers + worker, self.n_workers * world
+        known: dict[str, Any] = {"worker": worker, "n_workers": count, "epoch": epoch}
         # Keys of their own, apart from all else that is drawn from the seed.
         known["seed"] = np.random.SeedSequence(self.seed, spawn_key=(0, epoch, worker))
         later = np.random.SeedSequence(self.seed, spawn_key=(1, epoch, worker, done))

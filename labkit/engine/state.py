@@ -160,6 +160,8 @@ class Resumable:
 
     def _know_samples(self, who: str) -> None:
         """From now on it is known which samples were delivered, whatever their order."""
+        if self._options.shard and self._options.uneven == "pad":
+            raise ValueError(f"{who}: expected uneven='drop' or 'endless', got 'pad'.")
         if self._options.mixes:
             return
         if self._options.settled:
@@ -197,6 +199,8 @@ class Resumable:
 def _sameness(options: Options, n_workers: Any) -> dict[str, Any]:
     """What the order of a runner's batches follows from."""
     found = {name: getattr(options, name) for name in _SAME}
+    if options.shard is not None:
+        found["shard"] = list(options.shard)
     users = IteratorFactory(options.iterator, 1).users
     users = getattr(users, "func", users)
     named = users if hasattr(users, "__qualname__") else type(users)

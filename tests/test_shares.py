@@ -1,0 +1,225 @@
+"""QueueRunner(shard=(rank, world)): several trainers, one data set, equally many steps."""
+
+import json
+import socket
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from labkit import QueueRunner, WorkerError, from_files
+from labkit.engine import KINDS
+from labkit.engine.shares import Share
+from labkit.quiet import tf
+from tests.consumers import in_graph
+
+SMALL = {"batch_size": 6, "capacity": 60, "min_after_dequeue": 24}
+
+
+def strided(size, rows):
+    """A factory of `size` numbered samples in batches of `rows`, the last one smaller."""
+
+    def factory(worker, n_workers, epoch, start=0):
+        for number in range(start + worker, -(-size // rows), n_workers):
+            yield np.arange(rows * number, min(size, rows * (number + 1)), dtype=np.int64)
+
+    return factory
+
+
+def of_ranks(source, world, passes=1, **options):
+    """Of each trainer, the samples of each batch of each pass."""
+    found = []
+    for rank in range(world):
+        with QueueRunner(source, **{**SMALL, **options}, shard=(rank, world)) as runner:
+            data = runner.dataset()
+            found.append([[firsts(batch) for batch in data] for _ in range(passes)])
+    return found
+
+
+def firsts(batch):
+    return np.asarray(batch).reshape(len(batch), -1)[:, 0].tolist()
+
+
+def check(found, size, pads, batch_size=6):
+    """Equally many whole batches for all; each sample once, at most or at the least."""
+    assert len({len(its) for ranks in found for its in ranks}) == 1
+    for passes in zip(*found, strict=True):
+        assert {len(batch) for batches in passes for batch in batches} == {batch_size}
+        parts = [[sample for batch in batches for sample in batch] for batches in passes]
+        every = [sample for part in parts for sample in set(part)]
+        assert len(every) == len(set(every))  # what one has no other has
+        if pads:
+            assert sorted(every) == list(range(size))
+        else:
+            assert len(every) == len(parts) * len(parts[0])
+
+
+@pytest.mark.parametrize("uneven", ["drop", "pad"])
+@pytest.mark.parametrize(
+    ("size", "rows", "world", "options"),
+    [
+        (100, 5, 2, {"n_workers": 2}),
+        (101, 4, 3, {"n_workers": 2, "order": "fixed"}),
+        (64, 32, 2, {"batch_size": 7, "shuffle": False, "min_after_dequeue": 0}),
+    ],
+)
+def test_all_trainers_take_equally_many_steps(size, rows, world, uneven, options):
+    given = {**options, "uneven": uneven, "samples": size}
+    found = of_ranks(strided(size, rows), world, 2, **given)
+    check(found, size, uneven == "pad", options.get("batch_size", 6))
+    # Not a whole batch more than need be is cut or made up.
+    shares = Share(0, world, options.get("n_workers", 1), size, 6, False, True).sizes(rows)
+    assert sum(shares) == size
+    steps, batch_size = len(found[0][0]), options.get("batch_size", 6)
+    assert steps == (-(-max(shares) // batch_size) if uneven == "pad" else min(shares) // batch_size)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_data_set_that_is_split_by_index(kind):
+    """Its order is the same for all trainers, though no seed is given; and large samples."""
+    source = from_files(range(52), lambda index: np.full(1 << 15, index), 5)
+    with QueueRunner(source, **SMALL, shard=(0, 2), uneven="pad") as runner:
+        assert int(runner.dataset().cardinality()) == -(-27 // 6)  # of 6 and 5 batches
+    given = {"workers": kind, "n_workers": 2, "uneven": "pad"}
+    found = of_ranks(source, 2, 2 if kind == "thread" else 1, **given)
+    check(found, 52, pads=True)
+    graph = in_graph(QueueRunner(source, **SMALL, shard=(1, 2), **given))
+    assert {sample for batch in graph for sample in firsts(batch)} == set(sum(found[1][0], []))
+
+
+def test_what_is_left_out_is_made_up():
+    def factory(worker, n_workers, epoch, start=0):
+        for number in range(start + worker, 20, n_workers):
+            if number in (4, 5):
+                raise ValueError("mine")
+            yield 6 * number + np.arange(6)
+
+    with pytest.warns(RuntimeWarning, match="mine"):
+        first, second = of_ranks(factory, 2, samples=120, on_error="skip")
+    assert len(first[0]) == len(second[0]) == 10
+    both = {sample for batch in first[0] + second[0] for sample in batch}
+    assert both == set(range(120)) - set(range(24, 36))
+
+
+@pytest.mark.parametrize("order", ["any", "fixed"])
+def test_a_trainer_goes_on_with_its_own_part(order):
+    given = {**SMALL, "n_workers": 2, "order": order, "samples": 205, "shard": (1, 2)}
+    begin, came = None, []
+    for stop_after in (4, 100):
+        with QueueRunner(strided(205, 5), **given) as runner:
+            runner.state_dict() if begin is None else runner.load_state_dict(begin)
+            for number, batch in enumerate(runner.dataset(), 1):
+                came.append(firsts(batch))
+                if number == stop_after:
+                    break
+            begin = json.loads(json.dumps(runner.state_dict()))
+    other = of_ranks(strided(205, 5), 2, n_workers=2, order=order, samples=205)[0]
+    check([other, [came]], 205, pads=False)
+    with pytest.raises(ValueError, match=r"shard was \[1, 2\], and is \[0, 2\]"):
+        QueueRunner(strided(205, 5), **{**given, "shard": (0, 2)}).load_state_dict(begin)
+    with pytest.raises(ValueError, match="expected uneven='drop' or 'endless', got 'pad'"):
+        QueueRunner(strided(205, 5), **given, uneven="pad").state_dict()
+
+
+def contiguous(worker, n_workers):
+    share = np.array_split(np.arange(100), n_workers)[worker]
+    yield from np.array_split(share, max(1, len(share) // 5))
+
+
+@pytest.mark.parametrize(
+    ("source", "options", "says"),
+    [
+        (contiguous, {"samples": 90}, r"got 50 samples of a pass, expected 45 of 90 .*i \+ n_w"),
+        (strided(40, 5), {"uneven": "endless"}, "the iterator ended, expected no end"),
+        (strided(40, 20), {"samples": 40, "batch_size": 30}, r"have \[20, 20\].*at least 30 each"),
+    ],
+)
+def test_what_would_let_the_others_wait_is_an_error(source, options, says):
+    with pytest.raises(WorkerError, match=says):
+        of_ranks(source, 2, **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"shard": (2, 2)}, r"shard must be \(rank, world\).*got \(2, 2\)"),
+        ({"shard": 1}, r"shard must be \(rank, world\).*got 1"),
+        ({"n_workers": "auto"}, "n_workers must be a number for shard, got 'auto'"),
+        ({"uneven": "both"}, "uneven must be one of .*, got 'both'"),
+        ({"samples": None}, "shard needs samples=, of a pass of all trainers"),
+        ({"uneven": "endless"}, "shard needs samples=.*without an end, got .40, 'endless'."),
+        ({"iterator": lambda: iter(())}, r"with the parameters worker and n_workers, got \[\]"),
+        ({"iterator": [(1, 2)].__class__}, "with the parameters worker and n_workers"),
+        ({"iterator": tf.data.Dataset.range(3).batch(1)}, "data set that can be split, got .A tf"),
+    ],
+)
+def test_what_cannot_be_shared_is_refused(options, says):
+    with pytest.raises(ValueError, match=says):
+        QueueRunner(**{"iterator": strided(40, 5), "samples": 40, "shard": (0, 2), **options})
+
+
+TRAINER = """
+import json, os, sys
+import numpy as np
+rank = int(sys.argv[1])
+cluster = {"worker": sys.argv[2:]}
+os.environ["TF_CONFIG"] = json.dumps({"cluster": cluster, "task": {"type": "worker", "index": rank}})
+os.environ["CUDA_VISIBLE_DEVICES"] = ""
+import tensorflow as tf
+strategy = tf.distribute.MultiWorkerMirroredStrategy()
+import labkit
+from tests.test_shares import SMALL, strided
+
+shared = {**SMALL, "n_workers": 2, "samples": 107, "shard": (rank, 2), "uneven": "UNEVEN"}
+with strategy.scope():
+    weight = tf.Variable(0.0)
+
+@tf.function
+def step(batch):
+    def each(batch):
+        gradient = tf.reduce_mean(tf.cast(batch, tf.float32)) * weight + 1.0
+        total = tf.distribute.get_replica_context().all_reduce("sum", gradient)
+        weight.assign_sub(0.1 * total)
+    strategy.run(each, [batch])
+
+seen = []
+with labkit.QueueRunner(strided(107, 5), **shared) as runner:
+    data = strategy.distribute_datasets_from_function(lambda context: runner.dataset())
+    for _ in range(2):
+        seen.append([])
+        for batch in data:
+            step(batch)
+            [own] = strategy.experimental_local_results(batch)
+            seen[-1].append(own.numpy().tolist())
+print("seen", json.dumps([seen, float(weight)]), flush=True)
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_of_a_multi_worker_strategy():
+    """The trainer with more batches would wait in its all-reduce for ever."""
+    free = [socket.create_server(("127.0.0.1", 0)) for _ in range(2)]
+    hosts = [f"127.0.0.1:{server.getsockname()[1]}" for server in free]
+    for server in free:
+        server.close()
+    text = TRAINER.replace("UNEVEN", "pad")
+    trainers = [
+        subprocess.Popen(
+            [sys.executable, "-c", text, str(rank), *hosts],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    try:
+        said = [trainer.communicate(timeout=120) for trainer in trainers]
+    finally:
+        for trainer in trainers:
+            trainer.kill()
+    assert [trainer.returncode for trainer in trainers] == [0, 0], said[0][1] + said[1][1]
+    lines = [out[out.index("seen") + 5 :] for out, _ in said]
+    (first, weight), (second, same) = map(json.loads, lines)
+    check([first, second], 107, pads=True)
+    assert weight == same != 0.0
