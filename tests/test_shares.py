@@ -12,6 +12,7 @@ from labkit import QueueRunner, WorkerError, from_files
 from labkit.engine import KINDS
 from labkit.engine.shares import Share
 from labkit.quiet import tf
+from tests.benchmarks import resume
 from tests.consumers import in_graph
 
 SMALL = {"batch_size": 6, "capacity": 60, "min_after_dequeue": 24}
@@ -159,6 +160,17 @@ def test_what_cannot_be_shared_is_refused(options, says):
         QueueRunner(**{"iterator": strided(40, 5), "samples": 40, "shard": (0, 2), **options})
 
 
+@pytest.mark.slow
+def test_two_devices_share_each_batch_of_a_fit(tmp_path):
+    """MirroredStrategy, in one process: no shard, each sample once an epoch. It takes a pass to see
+    what batches look like, of which it trains on nothing."""
+    resume.run(tmp_path, "both")
+    parts = [json.loads(part) for parts in resume.steps_of(tmp_path).values() for part in parts]
+    epochs, samples = np.divmod(np.concatenate(parts), 1000)
+    found = {epoch: sorted(samples[epochs == epoch]) for epoch in epochs}
+    assert list(found.values()) == [list(range(4 * resume.CHUNKS))] * resume.EPOCHS
+
+
 TRAINER = """
 import json, os, sys
 import numpy as np
@@ -192,7 +204,7 @@ with labkit.QueueRunner(strided(107, 5), **shared) as runner:
             step(batch)
             [own] = strategy.experimental_local_results(batch)
             seen[-1].append(own.numpy().tolist())
-print("seen", json.dumps([seen, float(weight)]), flush=True)
+print("seen", json.dumps([seen, float(strategy.experimental_local_results(weight)[0].numpy())]))
 """
 
 
