@@ -73,7 +73,9 @@ def test_all_trainers_take_equally_many_steps(size, rows, world, uneven, options
     shares = Share(0, world, options.get("n_workers", 1), size, 6, False, True).sizes(rows)
     assert sum(shares) == size
     steps, batch_size = len(found[0][0]), options.get("batch_size", 6)
-    assert steps == (-(-max(shares) // batch_size) if uneven == "pad" else min(shares) // batch_size)
+    assert steps == (
+        -(-max(shares) // batch_size) if uneven == "pad" else min(shares) // batch_size
+    )
 
 
 @pytest.mark.parametrize("kind", KINDS)
