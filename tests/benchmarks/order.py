@@ -65,15 +65,16 @@ def _state(rounds: int) -> dict[str, Any]:
     found = {}
     for kind in ("thread", "process"):
         for size in _SIZES:
-            pairs = [
-                [_processor_ms(kind, size, who) for who in (False, True)] for _ in range(rounds)
-            ]
-            queue, feeder = zip(*pairs, strict=True)
+            queue, feeder = [], []
+            for _ in range(rounds):
+                queue.append(_processor_ms(kind, size, by_feeder=False))
+                feeder.append(_processor_ms(kind, size, by_feeder=True))
+            ratios = [b / a for a, b in zip(queue, feeder, strict=True)]
             found[f"{kind}, {size}"] = {
-                "processor ms a batch, mixed by the queue": median([*queue]),
-                "processor ms a batch, mixed by the feeder": median([*feeder]),
-                "feeder / queue": median([b / a for a, b in pairs]),
-                "drift of the queue": spread([*queue]),
+                "processor ms a batch, mixed by the queue": median(queue),
+                "processor ms a batch, mixed by the feeder": median(feeder),
+                "feeder / queue": median(ratios),
+                "drift of the queue": spread(queue),
             }
             print(kind, size, found[f"{kind}, {size}"], flush=True)
     return found
