@@ -10,7 +10,9 @@
 
     a process:  child.main ──wire──► ProcessPool; batches by ring.py, the factory by pickling.py
 
-    a fixed order:  turns.py, order.py; record.py notes what came, and state.py goes on from that
+    a known order:  turns.py, order.py; record.py notes what came, and state.py goes on from that
+
+    several trainers of one data set:  shares.py
 
 Workers deliver, the feeder decides. An exception, a death, a stall and the end of the data are
 messages, and each reaches the consumer. No TensorFlow but in tf_queue.py.

@@ -26,14 +26,14 @@ class Heard:
         rows: of the chunk that the spec was read from; 0 where it was given.
         whole: samples of the largest chunk so far, all its parts.
         skips: batches that were left out.
-        records: of the last passes with a fixed order.
+        records: of the last passes, where the feeder mixes.
     """
 
     def __init__(self, pool: Pool, max_skipped: int | None = None) -> None:
         self.workers: set[int] = set()
         self.counts: collections.Counter[int] = collections.Counter()
         self.samples = self.rows = self.whole = 0
-        self._parts: collections.Counter[int] = collections.Counter()
+        self._parts: collections.Counter[tuple[int, int, int]] = collections.Counter()
         self.skips = Skips(max_skipped)
         self.records: collections.deque[Record] = collections.deque(maxlen=_RECORDS)
         self._pool, self._epoch = pool, pool.epoch
@@ -43,9 +43,10 @@ class Heard:
     def note(self, chunk: Chunk) -> None:
         """Warns once if two workers begin with the same batch, though nothing tells them apart."""
         self.skips.delivered(chunk)
-        self._parts[chunk.worker] += len(chunk.arrays[0])
+        key = chunk.worker, chunk.epoch, chunk.number
+        self._parts[key] += len(chunk.arrays[0])
         if chunk.last:
-            self.whole = max(self.whole, self._parts.pop(chunk.worker))
+            self.whole = max(self.whole, self._parts.pop(key))
         new = chunk.worker not in self.workers
         self.workers.add(chunk.worker)
         self.counts[chunk.worker] += len(chunk.arrays[0])

@@ -92,6 +92,7 @@ class Options:
         in_time = timeout is None or (isinstance(timeout, (int, float)) and timeout > 0)
         check("timeout", in_time, "None or seconds > 0")
         factory = IteratorFactory(self.iterator, 1)
+        check("uneven", self.shard is not None or self.uneven == "drop", "left away without shard")
         if self.shard is not None:
             self._check_shard(factory)
         drawn = self.seed is None and self.order == "any" and self.shard is None
@@ -200,7 +201,10 @@ class Options:
             self._share(n_workers),
             self.max_skipped,
         )
-        return Feeder(kind.pool(job), terms)
+        feeder = Feeder(kind.pool(job), terms)
+        if resumed is not None and begun:
+            feeder.heard.whole = max((run.rows for run in resumed.mixed.runs), default=0)
+        return feeder
 
     def batches(self, rows: int) -> int | None:
         """How many a pass has, where that is known and nothing may be left out; `rows`: of the

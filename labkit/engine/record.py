@@ -170,7 +170,7 @@ class Record:
                 if run.rows:
                     count = min(count, (used + self._size - rows) // run.rows)
                 if count:
-                    runs.append(replace(run, count=count))
+                    runs.append(run if count == run.count else replace(run, count=count))
                     _advance(begins, runs[-1])
                     chunks += runs[-1].chunks
                 rows += count * run.rows
