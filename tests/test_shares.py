@@ -228,7 +228,7 @@ def test_two_processes_of_a_multi_worker_strategy():
         for rank in range(2)
     ]
     try:
-        said = [trainer.communicate(timeout=120) for trainer in trainers]
+        said = [trainer.communicate(timeout=300) for trainer in trainers]
     finally:
         for trainer in trainers:
             trainer.kill()
