@@ -99,11 +99,11 @@ class QueueRunner(Resumable):
         iterator: Any,
         batch_size: int = 32,
         n_workers: int | Literal["auto"] = 1,
-        workers: Literal["thread", "process", "auto"] = "thread",
+        workers: Literal["thread", "process", "ray", "auto"] = "thread",
         capacity: int | None = None,
         min_after_dequeue: int | None = None,
         spec: Any = None,
-        on_error: Literal["raise", "continue", "skip"] = "raise",
+        on_error: Literal["raise", "continue", "skip", "restart"] = "raise",
         timeout: float | None = 60.0,
         max_workers: int | None = None,
         seed: int | None = None,
@@ -112,6 +112,8 @@ class QueueRunner(Resumable):
         order: Literal["any", "fixed"] = "any",
         shuffle: bool = True,
         max_skipped: int | None = None,
+        max_restarts: int = 3,
+        worker_options: dict[str, Any] | None = None,
     ) -> None:
         given = {name: value for name, value in locals().items() if name != "self"}
         self._options = Options(**taken_in(given))

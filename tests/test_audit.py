@@ -249,7 +249,7 @@ def test_audit_tells_texts_apart():
         ("n_workers", "auto"),
         ("n_workers", True),
         ("tag", "x"),
-        ("workers", "ray"),
+        ("workers", "fibre"),
         ("workers", None),
     ],
 )

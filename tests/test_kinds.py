@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from labkit import QueueRunner, WorkerError
-from labkit.engine import KINDS, Kind
+from labkit.engine import KINDS, TRIED, Kind
 from labkit.engine.messages import Chunk, Ended, Lost, Skipped
 from labkit.engine.pool import Pool
 from labkit.engine.produce import LeftOut, produce
@@ -25,14 +25,14 @@ SMALL = {"capacity": 64, "min_after_dequeue": 8}
 class InlinePool(Pool):
     def __init__(self, job):
         super().__init__(job)
-        self._passes, self._slots, self._epochs = [], [], []
+        self._passes, self._slots, self._epochs, self._lives = [], [], [], []
         self._something = threading.Event()
 
-    def _start(self, worker):
-        self._passes.append(None)
-        self._slots.append(1)
-        self._epochs.append(self.epoch)
-        self._go_on(worker)
+    def _start(self, worker, life, begin):
+        for its, first in ((self._passes, None), (self._slots, 1), (self._epochs, self.epoch)):
+            its[worker : worker + 1] = [first]
+        self._lives[worker : worker + 1] = [life]
+        self._go_on(worker, begin)
 
     def _receive(self, seconds):
         ready = [i for i, batches in enumerate(self._passes) if batches and self._slots[i]]
@@ -42,27 +42,30 @@ class InlinePool(Pool):
         return [self._next(worker) for worker in ready]
 
     def _next(self, worker):
+        at = self._epochs[worker], self._lives[worker]
         try:
             made = next(self._passes[worker], None)
         except Exception as error:
             self._passes[worker] = None
-            return Lost(worker, *describe(error), error)
+            return Lost(worker, *describe(error), error, life=self._lives[worker])
         if made is None:
             self._passes[worker] = None
-            return Ended(worker, self._epochs[worker])
+            return Ended(worker, *at)
         self._slots[worker] -= 1
         if isinstance(made, LeftOut):
             told = describe(made.error)
             return Skipped(worker, *told, made.error, self._epochs[worker])
         self.spec = self.spec or made.spec
-        return Chunk(worker, made.arrays, made.seconds, self._epochs[worker])
+        epoch, life = at
+        told = made.arrays, made.seconds, epoch, (), True, None, made.number, life
+        return Chunk(worker, *told)
 
     def _refill(self, worker, slots):
         self._slots[worker] += 1
 
-    def _go_on(self, worker):
+    def _go_on(self, worker, begin=0):
         self._epochs[worker] = self.epoch
-        given = self.spec, True, self.job.skip
+        given = self.spec, True, self.job.skip, begin
         self._passes[worker] = produce(self.factory, worker, self.epoch, *given)
 
     def _room(self, worker):
@@ -79,7 +82,7 @@ class InlinePool(Pool):
         return []
 
 
-@pytest.fixture(params=[*KINDS, "inline"])
+@pytest.fixture(params=[*TRIED, "inline"])
 def workers(request, monkeypatch):
     monkeypatch.setitem(KINDS, "inline", Kind(InlinePool, lambda: 4, "inline workers"))
     return request.param

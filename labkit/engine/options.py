@@ -51,6 +51,8 @@ class Options:
     order: str
     shuffle: bool
     max_skipped: int | None
+    max_restarts: int
+    worker_options: dict[str, Any] | None
     entropy: int = field(init=False)  # of the workers' random numbers
 
     def __post_init__(self) -> None:
@@ -59,8 +61,12 @@ class Options:
 
         kinds = (*KINDS, "auto")
         check("workers", self.workers in kinds, " or ".join(map(repr, kinds)))
-        ways = ("raise", "continue", "skip")
-        check("on_error", self.on_error in ways, "'raise', 'continue' or 'skip'")
+        ways = ("raise", "continue", "skip", "restart")
+        check("on_error", self.on_error in ways, "'raise', 'continue', 'skip' or 'restart'")
+        check("max_restarts", is_integer(self.max_restarts, 0), "an integer >= 0")
+        options = self.worker_options
+        fits = options is None or (self.workers == "ray" and isinstance(options, dict))
+        check("worker_options", fits, "None, or a dict and workers='ray'")
         most = self.max_skipped
         fits = most is None or (self.on_error == "skip" and is_integer(most, 0))
         check("max_skipped", fits, "None, or an integer >= 0 and on_error='skip'")
@@ -130,8 +136,8 @@ class Options:
     ) -> Feeder:
         """A new run, whose first pass has the number `epoch`; it goes on if that is `resumed`."""
         kind = KINDS[self.workers]
-        limit = self.max_workers or kind.limit()
         auto = n_workers == "auto"
+        limit = (self.max_workers or kind.limit()) if auto else 1
         job = Job(
             IteratorFactory(self.iterator, limit if auto else int(n_workers), self.entropy),
             spec or self.spec,
@@ -142,6 +148,8 @@ class Options:
             not (self._queue_mixes or self._mixed),
             epoch,
             skip=self.on_error == "skip",
+            restarts=self.max_restarts if self.on_error == "restart" else 0,
+            options=self.worker_options,
         )
         order = self._order(resumed)
         if resumed is not None and order is not None and resumed.epoch == epoch:
