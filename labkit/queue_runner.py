@@ -5,7 +5,6 @@ workers ──chunks──► feeder thread ──enqueue_many──► RandomSh
 
 import collections
 import threading
-import warnings
 import weakref
 from collections.abc import Callable, Iterator
 from typing import Any, Literal
@@ -14,7 +13,7 @@ from labkit.checks import expect, is_integer
 from labkit.engine import interrupts
 from labkit.engine.batches import Spec
 from labkit.engine.feeder import Feeder
-from labkit.engine.heard import steps_asked_for, warned_of_too_few
+from labkit.engine.heard import steps_asked_for, warn_of_left, warned_of_too_few
 from labkit.engine.messages import WorkerError
 from labkit.engine.options import Options
 from labkit.engine.state import Place, Resumable
@@ -41,28 +40,31 @@ class QueueRunner(Resumable):
             of arrays of any dtype and shape, whose first axis counts samples. It runs once in each
             worker and pass. If it has parameters named `worker`, `n_workers` or `epoch`, it
             receives the worker's number (from 0), their count, and the number of the pass (from
-            0). With them workers share one data set out among themselves. Whatever draws random
-            numbers draws from a parameter `rng`, a `numpy.random.Generator` of that worker and
-            pass, or spawns from `seed`, a `SeedSequence`, by the batch's number; both are filled in
-            if they have no default, or the type as annotation. Or a data set:
-            `labkit.from_files`, a Keras `PyDataset`, an object with `__len__` and `__getitem__`,
-            all split by index; a `tf.data.Dataset` or another iterable, run by one worker.
+            0), by which workers share one data set. Random numbers come from a parameter `rng`, a
+            `numpy.random.Generator` of that worker and pass, or from `seed`, a `SeedSequence` to
+            spawn from by the batch's number; both are filled in if they have no default, or the
+            type as annotation. Or a data set: `labkit.from_files`, a Keras `PyDataset`, an object
+            with `__len__` and `__getitem__`, all split by index; a `tf.data.Dataset` or another
+            iterable, run by one worker.
         batch_size: samples that the model takes per step; free of the iterator's own chunk size.
         n_workers: how many workers, or "auto": grows and shrinks while it runs, up to
             `max_workers`, and prints each decision.
         workers: "thread", for iterators that wait (disk, network); "process", for those that hold
-            Python's lock (GIL); or "auto": tries both for a second or two ahead, and prints why.
+            Python's lock (GIL); "auto": tries both for a second or two ahead, and prints why; or
+            "ray": actors of a Ray cluster, see `labkit.engine.ray.RayPool`.
         capacity: samples the queue can hold. Default: min_after_dequeue and as many again, 2000
             for batches of 250 and less.
         min_after_dequeue: samples that stay behind for mixing; training starts above it.
             Default 1000, or four batches where that is more.
         spec: structure like a batch, with `labkit.Component(name, shape, dtype)` at each leaf (the
             shape without the batch axis). Default: read from the first batch, which is not lost.
-        on_error: "raise"; "continue": go on with the other workers and warn once; or "skip": leave
-            out and count a batch that does not fit, or at which the iterator raised; the first is
-            shown in a warning. A generator that raised is over, and so is the run, unless the
-            factory has a parameter `start`, the number of the batch (of all workers, if it takes
-            `n_workers`) to begin with. Of a data set read by sample, its whole batch is left out.
+        on_error: "raise"; "continue": go on with the other workers and warn once; "skip": leave
+            out and count a batch that does not fit, or at which the iterator raised (of a data set
+            read by sample, its whole batch), and warn of the first. A generator that raised is
+            over, and so is the run, unless the factory has a parameter `start`, the number of the
+            batch (of all workers, if it takes `n_workers`) to begin with. Or "restart": a new
+            worker goes on with the lost one's share from `start`, each sample once. Without `start`
+            it makes its pass again and what had come is dropped: once, if the batches are the same.
         timeout: seconds that a worker may spend on one batch before that counts as a failure and
             the error shows what it was doing; None waits for ever. Default 60.
         max_workers: the limit for "auto". Default: 32 threads, or one process per usable core.
@@ -71,8 +73,8 @@ class QueueRunner(Resumable):
         samples: of one pass over all workers, where you know it; `dataset()` then tells Keras how
             long an epoch is, and a pass of another length is an error (not by what was left out).
             Default: that of a data set read by sample, or of a factory's `__len__` (in batches).
-        reuses_buffers: the iterator may write into an array again after it has yielded it, so a
-            thread copies what anybody else refers to. False saves that copy. Default True.
+        reuses_buffers: the iterator may write into an array that it has yielded, so a thread copies
+            what anybody else refers to. False saves that copy. Default True.
         order: "any", as batches come; or "fixed": with the same seed (none is 0) and n_workers the
             same sequence, to the bit, in each run. Workers deliver in turn, so the slowest sets the
             pace. Of a factory that makes batch i in worker i % n_workers, as
@@ -80,6 +82,8 @@ class QueueRunner(Resumable):
         shuffle: False delivers samples in the order in which they come; nothing stays behind.
         max_skipped: how many batches "skip" may leave out of a pass; one more is a WorkerError.
             Default: 1 % of those that came so far, but at least 10.
+        max_restarts: how often "restart" may, of a worker; then its error is raised.
+        worker_options: of "ray": an actor's (num_cpus, resources, runtime_env, ...), and address.
 
     Attributes: each argument but `samples`, as it was given, and
         error: the WorkerError that ended the run, or None.
@@ -327,14 +331,7 @@ class QueueRunner(Resumable):
                     self._ear_closes()
                     self._ear_closes = None
             interrupts.ear.tidy()
-        if left:
-            warnings.warn(
-                f"QueueRunner.stop: {len(left)} thread(s) did not end within 2 s. A thread cannot "
-                "be stopped from outside: let the iterator return, or use workers='process'.\n"
-                + "\n".join(left),
-                RuntimeWarning,
-                stacklevel=2,
-            )
+        warn_of_left(left)
 
     def __enter__(self) -> "QueueRunner":
         self._left = False

@@ -3,6 +3,7 @@
 Its workers have no thread of their own: they run in the feeder's, one batch at a time.
 """
 
+import os
 import threading
 import time
 import warnings
@@ -244,6 +245,55 @@ def test_continue_goes_on_without_the_lost_worker(workers):
             index = sorted(int(i) for part, _ in runner.dataset() for i in part)
     assert index == list(range(40))
     assert len([w for w in said if "Going on with the other" in str(w.message)]) == 1
+
+
+@pytest.mark.filterwarnings("ignore:(?s).*started again")
+@pytest.mark.parametrize("later", [True, False], ids=["start", "from the beginning"])
+def test_a_lost_worker_is_started_again_and_each_sample_comes_once(workers, later, tmp_path):
+    marks = str(tmp_path)
+
+    def fails_at(at, times):
+        """Marks in a folder, since no other memory outlives a worker process."""
+        mark = f"{marks}/{at}-{len(os.listdir(marks))}"
+        if sum(name.startswith(f"{at}-") for name in os.listdir(marks)) < times:
+            open(mark, "w").close()
+            raise OSError(f"no disk at {at}")
+
+    def batches(worker, n_workers, epoch, start):
+        for at in range(start + worker, 40, n_workers):
+            fails_at(f"{epoch}.{at}", {9: 2, 22: 1}.get(at, 0))
+            yield (np.arange(at * 4, at * 4 + 4),)
+
+    def whole(worker, n_workers, epoch):
+        yield from batches(worker, n_workers, epoch, 0)
+
+    settings = {"on_error": "restart", "max_restarts": 4, **SMALL}
+    with QueueRunner(batches if later else whole, 8, 2, workers, **settings) as runner:
+        for _ in range(2):
+            assert sorted(int(i) for (part,) in runner.dataset() for i in part) == list(range(160))
+    settings["max_restarts"] = 1
+    with pytest.raises(WorkerError, match="invalid literal"):
+        in_dataset(QueueRunner(lambda: map(int, "x"), 8, 1, workers, **settings))
+
+
+def test_a_stalled_worker_is_started_again(workers, tmp_path):
+    if workers == "inline":
+        pytest.skip("it stands in the thread that would find out")
+    # A process's start counts, and takes longer on a busy machine.
+    timeout, mark = 0.8 if workers == "thread" else 3.0, str(tmp_path / "stood")
+
+    def batches(start):
+        for at in range(start, 6):
+            if at == 3 and not os.path.exists(mark):
+                open(mark, "w").close()
+                time.sleep(timeout + 1.0)
+            yield (np.arange(at * 8, at * 8 + 8),)
+
+    settings = {"on_error": "restart", "timeout": timeout, "max_restarts": 1, **SMALL}
+    told = rf"delivered nothing for {timeout:g} s(?s:.*)started again, 1 of 1"
+    with pytest.warns(RuntimeWarning, match=told):
+        got = in_dataset(QueueRunner(batches, 8, 1, workers, **settings))
+    assert sorted(int(i) for (index,) in got for i in index) == list(range(48))
 
 
 @pytest.mark.filterwarnings("ignore:(?s).*left out")

@@ -112,7 +112,7 @@ class _Child:
         while self._orders.poll(0):
             self._listen()
         if self._writer is None:
-            chunk = (made.arrays, made.seconds, epoch, (), True, made.stages, made.number)
+            chunk = (made.arrays, made.seconds, epoch, made.stages, made.number)
             return self._tell_in_time("chunk", chunk, epoch)
         start, rows, stages = 0, len(made.arrays[0]), made.stages
         while start < rows and self._epoch == epoch:

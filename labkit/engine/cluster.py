@@ -71,41 +71,30 @@ def cores() -> int:
 
 
 def _join(ray: Any, address: str) -> None:
-    where = _resolved(address)
-    told = f"labkit: no Ray cluster answers at {where}, as given by {_by(address)}, "
-    otherwise = (
-        "Start one (ray start --head), correct the address, or leave it away: labkit then starts "
-        "one on this machine."
-    )
-    try:
-        host, _, port = where.rpartition("://")[2].rpartition(":")
-        socket.create_connection((host.strip("[]"), int(port)), _ANSWERS).close()
-    except (OSError, ValueError) as error:
-        raise ConnectionError(
-            f"{told}expected one within {_ANSWERS:g} s ({error}). {otherwise}"
-        ) from None
-    try:
-        ray.init(address=where)
-    except Exception as error:
-        raise ConnectionError(
-            f"{told}expected one that takes this driver: {error}. {otherwise}"
-        ) from error
-
-
-def _by(address: str) -> str:
-    return "RAY_ADDRESS" if address == os.environ.get("RAY_ADDRESS") else f"address={address!r}"
-
-
-def _resolved(address: str) -> str:
-    """Host and port. Of "auto", those that Ray has noted for the last cluster on this machine."""
-    if address != "auto":
-        return address
     from ray._private import services
 
+    by = "RAY_ADDRESS" if address == os.environ.get("RAY_ADDRESS") else "address"
+    told = f"labkit: no Ray cluster answers at {address}, as given by {by}"
+    otherwise = (
+        "Correct it, start a cluster (ray start --head), or leave the address away: labkit then "
+        "starts one on this machine."
+    )
     try:
-        return services.canonicalize_bootstrap_address(address) or address
+        where = services.canonicalize_bootstrap_address(address)  # of "auto", what Ray has noted
+        _await_answer(str(where))
+        ray.init(address=address)
     except Exception as error:
-        raise ConnectionError(f"labkit: no Ray cluster runs on this machine: {error}") from None
+        raise ConnectionError(f"{told}: {error}. {otherwise}") from error
+
+
+def _await_answer(where: str) -> None:
+    """Raises OSError if nothing answers there, or no server of gRPC: Ray would try for minutes."""
+    host, _, port = where.rpartition(":")
+    with socket.create_connection((host.strip("[]"), int(port)), _ANSWERS) as line:
+        # The two sides of HTTP/2 begin with a frame of settings.
+        line.sendall(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes((0, 0, 0, 4, 0, 0, 0, 0, 0)))
+        if line.recv(4)[3:] != b"\x04":
+            raise OSError("something else answers there")
 
 
 def _start_own(ray: Any) -> None:
@@ -118,7 +107,7 @@ def _start_own(ray: Any) -> None:
     if not any(name.startswith("RAY_AUTH_") for name in os.environ):
         os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)  # Ray itself turns the asking on
     try:
-        with _environment(_SLOW), _patience():
+        with _environment(_SLOW), patience():
             ray.init(
                 address="local",
                 num_cpus=usable_cores(),
@@ -144,13 +133,13 @@ def close() -> None:
 
 
 @contextlib.contextmanager
-def _patience() -> Iterator[None]:
+def patience() -> Iterator[None]:
     """Nodes that start meanwhile do without Ray's limit of 15 s until its helpers are there, of
     which none is needed: on a busy machine they take longer, and the node would give up."""
     from ray._private.node import Node
-    from ray._raylet import persist_port
+    from ray._raylet import persist_port  # type: ignore[attr-defined]
 
-    start = Node.start_raylet
+    start: Any = Node.start_raylet
 
     def start_without_them(self: Any, *args: Any, **kwargs: Any) -> Any:
         for port in ("metrics_agent_port", "metrics_export_port", "dashboard_agent_listen_port"):
@@ -159,11 +148,11 @@ def _patience() -> Iterator[None]:
         given.runtime_env_agent_port = given.runtime_env_agent_port or _free_port()
         return start(self, *args, **kwargs)
 
-    Node.start_raylet = start_without_them
+    setattr(Node, "start_raylet", start_without_them)  # noqa: B010
     try:
         yield
     finally:
-        Node.start_raylet = start
+        setattr(Node, "start_raylet", start)  # noqa: B010
 
 
 def _store_bytes() -> int:
@@ -203,5 +192,6 @@ def missing(ray: Any, options: dict[str, Any]) -> str:
             return f"{need:g} {name}, and the largest of {len(nodes)} nodes has {most:g}"
         if need > free.get(name, 0):
             total = sum(node.get(name, 0) for node in nodes)
-            return f"{need:g} {name}, and of the cluster's {total:g} only {free.get(name, 0):g} are free"
+            left = free.get(name, 0)
+            return f"{need:g} {name}, and of the cluster's {total:g} only {left:g} are free"
     return ""

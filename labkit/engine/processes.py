@@ -220,7 +220,9 @@ class _Process:
             self._lay_out(spec, rows)
             return spec
         if kind == "chunk":
-            return Chunk(self.index, *content, self.life)
+            arrays, seconds, epoch, stages, number = content
+            told = seconds, epoch, (), True, stages, number, self.life
+            return Chunk(self.index, arrays, *told)
         if kind == "ended":
             return Ended(self.index, content, self.life)
         summary, text, error, *at = content
