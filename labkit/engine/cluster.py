@@ -13,7 +13,7 @@ import psutil
 
 from labkit.machine import usable_cores
 
-_ANSWERS = 15.0  # seconds
+_ANSWERS = 10.0  # seconds
 _STORE = 0.3  # of the free memory
 _SLOW = {"RAY_agent_register_timeout_ms": "120000", "RAY_worker_register_timeout_seconds": "120"}
 _own = ""  # the address of the cluster that labkit has started
@@ -77,7 +77,8 @@ def _join(ray: Any, address: str) -> None:
     told = f"labkit: no Ray cluster answers at {address}, as given by {by}"
     otherwise = (
         "Correct it, start a cluster (ray start --head), or leave the address away: labkit then "
-        "starts one on this machine."
+        "starts one on this machine. If it asks for a token: RAY_AUTH_MODE=token, and its "
+        "RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH."
     )
     try:
         where = services.canonicalize_bootstrap_address(address)  # of "auto", what Ray has noted

@@ -7,6 +7,8 @@ A call is a place: it brings one chunk, and the next call follows when that one 
 actor is told beside that (another pass, the stop) goes past the calls that wait.
 """
 
+import collections
+import concurrent.futures
 import contextlib
 import pickle
 import queue
@@ -120,6 +122,7 @@ class _Actor:
 
     def __init__(self, handle: Any, life: int, where: Any) -> None:
         self.handle, self.life, self._where = handle, life, where
+        self.calls: collections.deque[tuple[int, Any]] = collections.deque()  # passes, and futures
         self.idle = 0  # places whose calls found nothing to bring
         self.gone = False
         self.since = self.asked = time.monotonic()
@@ -159,8 +162,7 @@ class RayPool(Pool):
         self._options = {"num_cpus": 0 if cluster.is_own() else 1, **options}
         self._packed = self._ray.put((packed[0], [pickle.PickleBuffer(b) for b in packed[1]]))
         self._actors: list[_Actor] = []
-        self._came: queue.SimpleQueue[tuple[Any, ...] | None] = queue.SimpleQueue()
-        self._under_way = 0
+        self._came: queue.SimpleQueue[int | None] = queue.SimpleQueue()  # whose call is done
         _POOLS.add(self)
 
     def _start(self, worker: int, life: int, begin: int) -> None:
@@ -177,33 +179,37 @@ class RayPool(Pool):
             self._call(worker)
 
     def _call(self, worker: int) -> None:
-        actor, epoch, came = self._actors[worker], self.epoch, self._came
+        actor, came = self._actors[worker], self._came
         # A call without a cluster would start one.
         if actor.gone or self._stopping or not self._ray.is_initialized():
             return
-        future = actor.handle.next.remote(epoch).future()
-        self._under_way += 1
-        told = worker, actor.life, epoch
-        future.add_done_callback(lambda its: came.put((*told, its)))
+        future = actor.handle.next.remote(self.epoch).future()
+        actor.calls.append((self.epoch, future))
+        future.add_done_callback(lambda _: came.put(worker))
 
     def _receive(self, seconds: float) -> list[Message]:
         messages: list[Message] = []
         try:
             came = self._came.get(timeout=seconds) if seconds else self._came.get_nowait()
             while True:
-                if came is not None and (message := self._message(*came)) is not None:
-                    messages.append(message)
+                messages += () if came is None else self._done_by(came)
                 came = self._came.get_nowait()
         except queue.Empty:
             pass
         messages += filter(None, map(self._without_a_place, range(len(self._states))))
         return messages
 
-    def _message(self, worker: int, life: int, epoch: int, future: Any) -> Message | None:
-        self._under_way -= 1
+    def _done_by(self, worker: int) -> Iterator[Message]:
+        """In the order of the calls: a small result may be here before a large one ahead of it."""
         actor = self._actors[worker]
-        if life != actor.life or actor.gone:
-            return None
+        while not actor.gone and actor.calls and actor.calls[0][1].done():
+            message = self._message(worker, *actor.calls.popleft())
+            if message is not None:
+                yield message
+
+    def _message(self, worker: int, epoch: int, future: Any) -> Message | None:
+        actor = self._actors[worker]
+        life = actor.life
         try:
             told = future.result()
         except BaseException as error:
@@ -312,11 +318,10 @@ class RayPool(Pool):
                 self._ray.wait(left, num_returns=len(left), timeout=min(_CLEAN_UP, seconds))
         for actor in living:
             self._kill(actor)
-        # Their last calls fail once they are gone.
-        with contextlib.suppress(queue.Empty):
-            while self._under_way > 0 and self._ray.is_initialized():
-                came = self._came.get(timeout=max(0.01, deadline - time.monotonic()))
-                self._under_way -= came is not None
+        if self._ray.is_initialized():
+            # Their last calls fail once they are gone.
+            last = [future for actor in living for _, future in actor.calls]
+            concurrent.futures.wait(last, max(0.0, deadline - time.monotonic()))
         self._actors.clear()
         self._packed = None
         return []
