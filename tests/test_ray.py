@@ -202,11 +202,14 @@ def test_a_killed_node_raises_or_its_share_is_made_elsewhere(two_nodes):
             time.sleep(0.05)
             yield (np.arange(at * 4, at * 4 + 4),)
 
-    affine = NodeAffinitySchedulingStrategy(two_nodes.other.node_id, soft=True)
+    def there(soft):
+        """On the other node, and soft: elsewhere once that is gone."""
+        affine = NodeAffinitySchedulingStrategy(two_nodes.other.node_id, soft=soft)
+        return {"worker_options": {"num_cpus": 0.1, "scheduling_strategy": affine}}
+
     settings = {"capacity": 8, "min_after_dequeue": 0}
-    settings["worker_options"] = {"num_cpus": 0, "scheduling_strategy": affine}
-    goes_on = QueueRunner(slow, 4, 2, "ray", on_error="restart", **settings)
-    raises = QueueRunner(slow, 4, 1, "ray", **settings)
+    goes_on = QueueRunner(slow, 4, 2, "ray", on_error="restart", **settings, **there(soft=True))
+    raises = QueueRunner(slow, 4, 1, "ray", **settings, **there(soft=False))
     with warnings.catch_warnings(record=True) as said, goes_on:
         warnings.simplefilter("always")
         batches = iter(goes_on.dataset())
