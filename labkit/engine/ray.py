@@ -33,6 +33,7 @@ PLACES = 3
 _OVER = 1 << 62  # a pass that never comes
 _PATIENCE, _ASK_AGAIN = 30.0, 2.0  # seconds, until an actor has a place; between two questions
 _START = 60.0  # seconds, that an actor's start may take and do not count as a batch's
+_AGAIN = 1.0  # second, since Ray believes for a while in a machine that is gone
 _CLEAN_UP = 0.5  # seconds, for the iterators' own
 _ASIDE = {"concurrency_group": "aside"}
 _POOLS: "weakref.WeakSet[RayPool]" = weakref.WeakSet()
@@ -168,6 +169,8 @@ class RayPool(Pool):
     def _start(self, worker: int, life: int, begin: int) -> None:
         for before in self._actors[worker : worker + 1]:
             self._kill(before)
+            if not before.node:
+                time.sleep(_AGAIN)
         job = self.job
         actor = self._ray.remote(concurrency_groups={"aside": 1})(_Producer)
         orders = worker, self.spec, job.stages, job.skip, begin
