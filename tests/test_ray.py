@@ -29,9 +29,6 @@ test_a_bad_batch_is_left_out = test_kinds.test_a_bad_batch_is_left_out
 test_a_runner_is_stopped_while_its_queue_is_full = (
     test_kinds.test_a_runner_is_stopped_while_its_queue_is_full
 )
-test_a_lost_worker_is_started_again_and_each_sample_comes_once = (
-    test_kinds.test_a_lost_worker_is_started_again_and_each_sample_comes_once
-)
 test_exception = test_faults.test_exception
 test_stop_while_starting = test_faults.test_stop_while_starting
 
