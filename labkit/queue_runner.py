@@ -5,7 +5,6 @@ workers ──chunks──► feeder thread ──enqueue_many──► RandomSh
 
 import collections
 import threading
-import warnings
 import weakref
 from collections.abc import Callable, Iterator
 from typing import Any, Literal
@@ -14,7 +13,7 @@ from labkit.checks import expect, is_integer
 from labkit.engine import interrupts
 from labkit.engine.batches import Spec
 from labkit.engine.feeder import Feeder
-from labkit.engine.heard import steps_asked_for, warned_of_too_few
+from labkit.engine.heard import steps_asked_for, warn_of_left, warned_of_too_few
 from labkit.engine.messages import WorkerError
 from labkit.engine.options import Options
 from labkit.engine.state import Place, Resumable
@@ -41,26 +40,29 @@ class QueueRunner(Resumable):
             of arrays of any dtype and shape, whose first axis counts samples. It runs once in each
             worker and pass. If it has parameters named `worker`, `n_workers` or `epoch`, it
             receives the worker's number (from 0), their count, and the number of the pass (from
-            0). With them workers share one data set out among themselves. Whatever draws random
-            numbers draws from a parameter `rng`, a `numpy.random.Generator` of that worker and
-            pass, or spawns from `seed`, a `SeedSequence`, by the batch's number; both are filled in
-            if they have no default, or the type as annotation. Or a data set:
-            `labkit.from_files`, a Keras `PyDataset`, an object with `__len__` and `__getitem__`,
-            all split by index; a `tf.data.Dataset` or another iterable, run by one worker.
+            0), by which workers share one data set. Random numbers come from a parameter `rng`, a
+            `numpy.random.Generator` of that worker and pass, or from `seed`, a `SeedSequence` to
+            spawn from by the batch's number; both are filled in if they have no default, or the
+            type as annotation. Or a data set: `labkit.from_files`, a Keras `PyDataset`, an object
+            with `__len__` and `__getitem__`, all split by index; a `tf.data.Dataset` or another
+            iterable, run by one worker.
         batch_size: samples that the model takes per step; free of the iterator's own chunk size.
         n_workers: how many, or "auto": grows and shrinks, up to `max_workers`, and prints why.
         workers: "thread", for iterators that wait (disk, network); "process", for those that hold
-            Python's lock (GIL); or "auto": tries both for a second or two ahead, and prints why.
+            Python's lock (GIL); "auto": tries both for a second or two ahead, and prints why; or
+            "ray": actors of a Ray cluster, see `labkit.engine.ray.RayPool`.
         capacity: samples the queue can hold. Default: min_after_dequeue + max(1000, 4 batches).
         min_after_dequeue: samples that stay behind for mixing; training starts above it.
             Default 1000, or four batches where that is more.
         spec: structure like a batch, with `labkit.Component(name, shape, dtype)` at each leaf (the
             shape without the batch axis). Default: read from the first batch, which is not lost.
-        on_error: "raise"; "continue": go on with the other workers and warn once; or "skip": leave
-            out and count a batch that does not fit, or at which the iterator raised; the first is
-            shown in a warning. A generator that raised is over, and so is the run, unless the
-            factory has a parameter `start`, the number of the batch (of all workers, if it takes
-            `n_workers`) to begin with. Of a data set read by sample, its whole batch is left out.
+        on_error: "raise"; "continue": go on with the other workers and warn once; "skip": leave
+            out and count a batch that does not fit, or at which the iterator raised (of a data set
+            read by sample, its whole batch), and warn of the first. A generator that raised is
+            over, and so is the run, unless the factory has a parameter `start`, the number of the
+            batch (of all workers, if it takes `n_workers`) to begin with. Or "restart": a new
+            worker goes on with the lost one's share from `start`, each sample once. Without `start`
+            it makes its pass again and what had come is dropped: once, if the batches are the same.
         timeout: seconds that a worker may spend on one batch before that counts as a failure and
             the error shows what it was doing; None waits for ever. Default 60.
         max_workers: the limit for "auto". Default: 32 threads, or one process per usable core.
@@ -69,8 +71,8 @@ class QueueRunner(Resumable):
         samples: of one pass of all workers (and trainers), if known: the length of Keras's epoch;
             another one is an error (not by what was left out). Default: that of a data set read by
             sample, or of a factory's `__len__` (in batches).
-        reuses_buffers: the iterator may write into an array again after it has yielded it, so a
-            thread copies what anybody else refers to. False saves that copy. Default True.
+        reuses_buffers: the iterator may write into an array that it has yielded, so a thread copies
+            what anybody else refers to. False saves that copy. Default True.
         order: "any", as batches come; or "fixed": with the same seed (none is 0) and n_workers the
             same sequence, to the bit, in each run; for every n_workers if worker i makes batches i,
             i + n_workers, ... Workers deliver in turn, so the slowest sets the pace.
@@ -81,6 +83,8 @@ class QueueRunner(Resumable):
             fills up with samples of the pass again; or the iterator is "endless".
         max_skipped: how many batches "skip" may leave out of a pass; one more is a WorkerError.
             Default: 1 % of those that came so far, but at least 10.
+        max_restarts: how often "restart" may, of a worker; then its error is raised.
+        worker_options: of "ray": an actor's (num_cpus, resources, runtime_env, ...), and address.
 
     Attributes: each argument but `samples`, as it was given, and
         error: the WorkerError that ended the run, or None.
@@ -100,11 +104,11 @@ class QueueRunner(Resumable):
         iterator: Any,
         batch_size: int = 32,
         n_workers: int | Literal["auto"] = 1,
-        workers: Literal["thread", "process", "auto"] = "thread",
+        workers: Literal["thread", "process", "ray", "auto"] = "thread",
         capacity: int | None = None,
         min_after_dequeue: int | None = None,
         spec: Any = None,
-        on_error: Literal["raise", "continue", "skip"] = "raise",
+        on_error: Literal["raise", "continue", "skip", "restart"] = "raise",
         timeout: float | None = 60.0,
         max_workers: int | None = None,
         seed: int | None = None,
@@ -115,6 +119,8 @@ class QueueRunner(Resumable):
         max_skipped: int | None = None,
         shard: tuple[int, int] | None = None,
         uneven: Literal["drop", "pad", "endless"] = "drop",
+        max_restarts: int = 3,
+        worker_options: dict[str, Any] | None = None,
     ) -> None:
         given = {name: value for name, value in locals().items() if name != "self"}
         self._made = lambda **new: Options(**taken_in({**given, **new}))
@@ -327,14 +333,7 @@ class QueueRunner(Resumable):
                     self._ear_closes()
                     self._ear_closes = None
             interrupts.ear.tidy()
-        if left:
-            warnings.warn(
-                f"QueueRunner.stop: {len(left)} thread(s) did not end within 2 s. A thread cannot "
-                "be stopped from outside: let the iterator return, or use workers='process'.\n"
-                + "\n".join(left),
-                RuntimeWarning,
-                stacklevel=2,
-            )
+        warn_of_left(left)
 
     def __enter__(self) -> "QueueRunner":
         self._left = False

@@ -11,7 +11,7 @@ import pytest
 
 import labkit
 from labkit import MnistDataGenerator, WorkerError
-from labkit.engine import KINDS
+from labkit.engine import TRIED
 from labkit.instruments.audit import Audit
 from tests.producers import taking_turns
 
@@ -41,7 +41,7 @@ def test_audit_sees_repeats_and_misses_of_windows_and_none_of_epochs(numbered):
 
 def test_audit_of_processes_counts_what_it_counts_of_threads(numbered):
     data = MnistDataGenerator(20, data=numbered)
-    of = [labkit.audit(data.train_iterator, workers=kind, n_workers=2) for kind in KINDS]
+    of = [labkit.audit(data.train_iterator, workers=kind, n_workers=2) for kind in TRIED]
     assert (of[0].repeated, of[0].missed) == (of[1].repeated, of[1].missed)
     shared = labkit.audit(data.epoch_iterator, workers="process", n_workers=2)
     assert (shared.delivered, shared.repeated, shared.missed) == (500, 0, 0)
@@ -249,7 +249,7 @@ def test_audit_tells_texts_apart():
         ("n_workers", "auto"),
         ("n_workers", True),
         ("tag", "x"),
-        ("workers", "ray"),
+        ("workers", "fibre"),
         ("workers", None),
     ],
 )

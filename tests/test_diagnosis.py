@@ -168,7 +168,7 @@ def test_where_only_processes_are_considered_what_cannot_be_sent_is_an_error(few
     ("argument", "wrong"),
     [
         ("workers", 4),
-        ("workers", "ray"),
+        ("workers", "fibre"),
         ("workers", ()),
         ("workers", ("thread", 2)),
         ("seconds", -1),

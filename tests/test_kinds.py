@@ -3,6 +3,7 @@
 Its workers have no thread of their own: they run in the feeder's, one batch at a time.
 """
 
+import os
 import threading
 import time
 import warnings
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 
 from labkit import QueueRunner, WorkerError
-from labkit.engine import KINDS, Kind
+from labkit.engine import KINDS, TRIED, Kind
 from labkit.engine.messages import Chunk, Ended, Lost, Skipped
 from labkit.engine.pool import Pool
 from labkit.engine.produce import LeftOut, produce
@@ -25,14 +26,14 @@ SMALL = {"capacity": 64, "min_after_dequeue": 8}
 class InlinePool(Pool):
     def __init__(self, job):
         super().__init__(job)
-        self._passes, self._slots, self._epochs = [], [], []
+        self._passes, self._slots, self._epochs, self._lives = [], [], [], []
         self._something = threading.Event()
 
-    def _start(self, worker):
-        self._passes.append(None)
-        self._slots.append(1)
-        self._epochs.append(self.epoch)
-        self._go_on(worker)
+    def _start(self, worker, life, begin):
+        for its, first in ((self._passes, None), (self._slots, 1), (self._epochs, self.epoch)):
+            its[worker : worker + 1] = [first]
+        self._lives[worker : worker + 1] = [life]
+        self._go_on(worker, begin)
 
     def _receive(self, seconds):
         ready = [i for i, batches in enumerate(self._passes) if batches and self._slots[i]]
@@ -42,27 +43,30 @@ class InlinePool(Pool):
         return [self._next(worker) for worker in ready]
 
     def _next(self, worker):
+        at = self._epochs[worker], self._lives[worker]
         try:
             made = next(self._passes[worker], None)
         except Exception as error:
             self._passes[worker] = None
-            return Lost(worker, *describe(error), error)
+            return Lost(worker, *describe(error), error, life=self._lives[worker])
         if made is None:
             self._passes[worker] = None
-            return Ended(worker, self._epochs[worker])
+            return Ended(worker, *at)
         self._slots[worker] -= 1
         if isinstance(made, LeftOut):
             told = describe(made.error)
             return Skipped(worker, *told, made.error, self._epochs[worker])
         self.spec = self.spec or made.spec
-        return Chunk(worker, made.arrays, made.seconds, self._epochs[worker])
+        epoch, life = at
+        told = made.arrays, made.seconds, epoch, (), True, None, made.number, life
+        return Chunk(worker, *told)
 
     def _refill(self, worker, slots):
         self._slots[worker] += 1
 
-    def _go_on(self, worker):
+    def _go_on(self, worker, begin=0):
         self._epochs[worker] = self.epoch
-        given = self.spec, True, self.job.skip
+        given = self.spec, True, self.job.skip, begin
         self._passes[worker] = produce(self.factory, worker, self.epoch, *given)
 
     def _room(self, worker):
@@ -79,7 +83,7 @@ class InlinePool(Pool):
         return []
 
 
-@pytest.fixture(params=[*KINDS, "inline"])
+@pytest.fixture(params=[*TRIED, "inline"])
 def workers(request, monkeypatch):
     monkeypatch.setitem(KINDS, "inline", Kind(InlinePool, lambda: 4, "inline workers"))
     return request.param
@@ -241,6 +245,55 @@ def test_continue_goes_on_without_the_lost_worker(workers):
             index = sorted(int(i) for part, _ in runner.dataset() for i in part)
     assert index == list(range(40))
     assert len([w for w in said if "Going on with the other" in str(w.message)]) == 1
+
+
+@pytest.mark.filterwarnings("ignore:(?s).*started again")
+@pytest.mark.parametrize("later", [True, False], ids=["start", "from the beginning"])
+def test_a_lost_worker_is_started_again_and_each_sample_comes_once(workers, later, tmp_path):
+    marks = str(tmp_path)
+
+    def fails_at(at, times):
+        """Marks in a folder, since no other memory outlives a worker process."""
+        mark = f"{marks}/{at}-{len(os.listdir(marks))}"
+        if sum(name.startswith(f"{at}-") for name in os.listdir(marks)) < times:
+            open(mark, "w").close()
+            raise OSError(f"no disk at {at}")
+
+    def batches(worker, n_workers, epoch, start):
+        for at in range(start + worker, 40, n_workers):
+            fails_at(f"{epoch}.{at}", {9: 2, 22: 1}.get(at, 0))
+            yield (np.arange(at * 4, at * 4 + 4),)
+
+    def whole(worker, n_workers, epoch):
+        yield from batches(worker, n_workers, epoch, 0)
+
+    settings = {"on_error": "restart", "max_restarts": 4, **SMALL}
+    with QueueRunner(batches if later else whole, 8, 2, workers, **settings) as runner:
+        for _ in range(2):
+            assert sorted(int(i) for (part,) in runner.dataset() for i in part) == list(range(160))
+    settings["max_restarts"] = 1
+    with pytest.raises(WorkerError, match="invalid literal"):
+        in_dataset(QueueRunner(lambda: map(int, "x"), 8, 1, workers, **settings))
+
+
+def test_a_stalled_worker_is_started_again(workers, tmp_path):
+    if workers == "inline":
+        pytest.skip("it stands in the thread that would find out")
+    # A process's start counts, and takes longer on a busy machine.
+    timeout, mark = 0.8 if workers == "thread" else 3.0, str(tmp_path / "stood")
+
+    def batches(start):
+        for at in range(start, 6):
+            if at == 3 and not os.path.exists(mark):
+                open(mark, "w").close()
+                time.sleep(timeout + 1.0)
+            yield (np.arange(at * 8, at * 8 + 8),)
+
+    settings = {"on_error": "restart", "timeout": timeout, "max_restarts": 1, **SMALL}
+    told = rf"delivered nothing for {timeout:g} s(?s:.*)started again, 1 of 1"
+    with pytest.warns(RuntimeWarning, match=told):
+        got = in_dataset(QueueRunner(batches, 8, 1, workers, **settings))
+    assert sorted(int(i) for (index,) in got for i in index) == list(range(48))
 
 
 @pytest.mark.filterwarnings("ignore:(?s).*left out")

@@ -230,11 +230,11 @@ def test_large_samples_kept_by_the_consumer_stay_as_they_are():
 def test_a_stop_from_elsewhere_waits_until_get_inputs_has_started_its_workers(monkeypatch):
     begun, start = threading.Event(), ProcessPool._start
 
-    def slow_start(pool, worker):
+    def slow_start(pool, worker, *given):
         if worker == 2:
             begun.set()
             time.sleep(0.3)
-        start(pool, worker)
+        start(pool, worker, *given)
 
     monkeypatch.setattr(ProcessPool, "_start", slow_start)
 

@@ -153,7 +153,7 @@ def broken(data, *path, value=None):
         (lambda data: broken(data, "report", "model_rate", value="nan"), "numbers above 0"),
         (lambda data: broken(data, "report", "rows", value=[]), "not in list"),
         (lambda data: broken(data, "report", "rows", 1, "n", value=True), r"rows\[1\]\.n"),
-        (lambda data: broken(data, "report", "rows", 0, "workers", value="ray"), "kind 'ray'"),
+        (lambda data: broken(data, "report", "rows", 0, "workers", value="fibre"), "kind 'fibre'"),
         (lambda data: broken(data, "report", "demands", value={}), "ValueError|KeyError"),
         (lambda data: broken(data, "about", "machine", "cores"), "has no cores"),
     ],

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from labkit import MnistDataGenerator, QueueRunner, WorkerError, from_files
-from labkit.engine import KINDS, state
+from labkit.engine import TRIED, state
 from labkit.engine.batches import Component
 from labkit.engine.messages import Chunk
 from labkit.engine.record import Mixed, Record, Run, held
@@ -125,7 +125,7 @@ def test_from_threads_in_a_dataset_to_processes_in_a_graph(numbered):
     assert found == expected
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", TRIED)
 def test_large_samples_text_and_files_go_on_too(kind):
     def large(index):  # lent by a process, in parts of a batch
         return np.full(1 << 15, index, np.int64)
@@ -165,7 +165,7 @@ def each_once(batches, epoch, size):
     return samples == (np.arange(4 * size) + 10_000 * epoch).tolist()
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", TRIED)
 def test_in_any_order_each_sample_comes_once_whenever_it_was_stopped(kind):
     """Twice in the same pass, and then in a graph."""
     options = {**ANY, "n_workers": 3 if kind == "thread" else 2}

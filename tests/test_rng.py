@@ -7,7 +7,7 @@ import pytest
 
 import labkit
 from labkit import QueueRunner, WorkerError
-from labkit.engine import KINDS
+from labkit.engine import TRIED
 from labkit.engine.produce import IteratorFactory
 from labkit.instruments.measure import alone, first_batch
 
@@ -40,7 +40,7 @@ def in_threads():
     return two_passes("thread", seed=5)
 
 
-@pytest.mark.parametrize("workers", KINDS)
+@pytest.mark.parametrize("workers", TRIED)
 def test_workers_and_passes_draw_apart_and_a_run_with_the_same_seed_the_same(workers):
     numbers = two_passes(workers, seed=5)
     assert numbers.shape == (2 * 2 * 3 * 4, 2) and len(np.unique(numbers)) == numbers.size

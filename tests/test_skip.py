@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from labkit import QueueRunner, WorkerError, from_files
-from labkit.engine import KINDS
+from labkit.engine import KINDS, TRIED
 from labkit.engine.messages import Skipped
 from labkit.engine.pool import Job
 from labkit.engine.produce import IteratorFactory
@@ -18,7 +18,7 @@ SMALL = {"capacity": 64, "min_after_dequeue": 8, "on_error": "skip"}
 BAD = {0, 5, 11}  # batch 7 has another shape
 
 
-@pytest.fixture(params=KINDS)
+@pytest.fixture(params=TRIED)
 def workers(request):
     return request.param
 

@@ -3,12 +3,14 @@
     QueueRunner ──spec(), feed(queue, epoch), stop()──► Feeder (one thread, one run, one pool)
                                                           │ set_active, get, release, next_epoch
                        batches.Spec: does it fit? ◄─┐     ▼
-    your iterator ──► produce (one loop for all) ───┴─► Pool: ThreadPool | ProcessPool
+    your iterator ──► produce (one loop for all) ───┴─► Pool: ThreadPool | ProcessPool | RayPool
                                                           │ Chunk | Ended | Lost | Skipped
                                                           ▼
                          Feeder ──arrays──► tf_queue (graph or eager) ──► training
 
     a process:  child.main ──wire──► ProcessPool; batches by ring.py, the factory by pickling.py
+
+    an actor:  ray.py; of which cluster, cluster.py
 
     a known order:  turns.py, order.py; record.py notes what came, and state.py goes on from that
 
@@ -21,9 +23,11 @@ messages, and each reaches the consumer. No TensorFlow but in tf_queue.py.
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from labkit.engine import cluster
 from labkit.engine.auto import usable_cores
 from labkit.engine.pool import Pool
 from labkit.engine.processes import ProcessPool
+from labkit.engine.ray import PLACES, RayPool
 from labkit.engine.ring import MOST_CHUNKS
 from labkit.engine.threads import ThreadPool
 
@@ -38,6 +42,7 @@ class Kind:
         plural: what several are called.
         shares_lock: Python's lock (GIL) is one for them and the training step.
         ahead: the most chunks that one of them has ready.
+        by_name: it is not tried where nobody asked for it.
         copies: of a batch's bytes on their way, at the least: into the queue, out of it, and of a
             process into shared memory. One fewer of large samples, which are queued as they lie.
     """
@@ -48,10 +53,13 @@ class Kind:
     shares_lock: bool = False
     ahead: int = 2
     copies: int = 2
+    by_name: bool = False
 
 
 # The cheapest first: one worker of it is the serial loop.
 KINDS: dict[str, Kind] = {
     "thread": Kind(ThreadPool, lambda: 32, "threads", shares_lock=True),
     "process": Kind(ProcessPool, usable_cores, "processes", ahead=MOST_CHUNKS, copies=3),
+    "ray": Kind(RayPool, cluster.cores, "actors", ahead=PLACES, copies=3, by_name=True),
 }
+TRIED = tuple(name for name, kind in KINDS.items() if not kind.by_name)

@@ -84,13 +84,13 @@ class _Child:
             raise _ParentGone from None
 
     def run(self, buffers: int) -> None:
-        code, sizes, spec, index, self._epoch, stages, skip = pickle.loads(self.hear())
+        code, sizes, spec, index, self._epoch, first, stages, skip = pickle.loads(self.hear())
         factory = unpickle_factory(code, buffers, sizes)
         if stages:
             listen()
         while True:
             epoch = self._epoch
-            for made in produce(factory, index, epoch, spec, copies=False, skip=skip):
+            for made in produce(factory, index, epoch, spec, False, skip, first):
                 if isinstance(made, LeftOut):
                     failed = (*describe(made.error), dump_error(made.error), epoch, made.number)
                     wanted = self._tell_in_time("skipped", failed, epoch)
@@ -103,6 +103,7 @@ class _Child:
                 self.tell("ended", epoch)
                 while self._epoch == epoch:
                     self._listen()
+            first = 0
 
     def _deliver(self, made: Made, epoch: int) -> bool:
         """False if the pass is not wanted any more."""
@@ -111,7 +112,7 @@ class _Child:
         while self._orders.poll(0):
             self._listen()
         if self._writer is None:
-            chunk = (made.arrays, made.seconds, epoch, (), True, made.stages, made.number)
+            chunk = (made.arrays, made.seconds, epoch, made.stages, made.number)
             return self._tell_in_time("chunk", chunk, epoch)
         start, rows, stages = 0, len(made.arrays[0]), made.stages
         while start < rows and self._epoch == epoch:

@@ -104,6 +104,18 @@ def steps_asked_for() -> tuple[int, int] | None:
     return None
 
 
+def warn_of_left(left: list[str]) -> None:
+    """Of the threads that a stop, which calls this, could not end."""
+    if left:
+        warnings.warn(
+            f"QueueRunner.stop: {len(left)} thread(s) did not end within 2 s. A thread cannot "
+            "be stopped from outside: let the iterator return, or use workers='process'.\n"
+            + "\n".join(left),
+            RuntimeWarning,
+            stacklevel=3,
+        )
+
+
 def warned_of_too_few(batches: int, steps: int, epochs: int) -> bool:
     """Whether a pass of so many batches is too short for what `fit` was asked for; warns if so."""
     if steps * epochs <= batches:

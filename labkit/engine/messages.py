@@ -1,7 +1,7 @@
 """What a worker can say, and how the consumer hears of it."""
 
 import html
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from labkit.engine.stage import Times
@@ -28,7 +28,8 @@ class Chunk:
     sequence of arrays, a sample each, which may be kept. `seconds` is the time that the iterator
     took, `epoch` the pass that the batch belongs to; `last`: nothing of the batch is still to come.
     `stages`: what those of the whole batch took, with its first chunk; None in others, and where
-    the pool's job does not ask for them. `number` counts what its worker made in the pass.
+    the pool's job does not ask for them. `number` counts what its worker made in the pass; `life`
+    how often that worker had been started again.
     """
 
     worker: int
@@ -39,6 +40,7 @@ class Chunk:
     last: bool = True
     stages: Times | None = None
     number: int = 0
+    life: int = 0
 
 
 @dataclass
@@ -47,6 +49,7 @@ class Ended:
 
     worker: int
     epoch: int
+    life: int = 0
 
 
 @dataclass
@@ -57,6 +60,7 @@ class Failed:
     summary: str
     text: str = ""
     error: BaseException | None = None
+    life: int = field(default=0, kw_only=True)
 
     def as_error(self, who: str = "labkit") -> WorkerError:
         text = f"{who}: worker {self.worker} {self.summary}"

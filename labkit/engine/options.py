@@ -54,6 +54,8 @@ class Options:
     max_skipped: int | None
     shard: tuple[int, int] | None
     uneven: str
+    max_restarts: int
+    worker_options: dict[str, Any] | None
     entropy: int = field(init=False)  # of the workers' random numbers
     mixes: bool = field(init=False)  # the feeder itself, so that it is known what was delivered
     settled: bool = field(init=False, default=False)  # a queue was asked for: it stays as it is
@@ -64,8 +66,12 @@ class Options:
 
         kinds = (*KINDS, "auto")
         check("workers", self.workers in kinds, " or ".join(map(repr, kinds)))
-        ways = ("raise", "continue", "skip")
-        check("on_error", self.on_error in ways, "'raise', 'continue' or 'skip'")
+        ways = ("raise", "continue", "skip", "restart")
+        check("on_error", self.on_error in ways, "'raise', 'continue', 'skip' or 'restart'")
+        check("max_restarts", is_integer(self.max_restarts, 0), "an integer >= 0")
+        options = self.worker_options
+        fits = options is None or (self.workers == "ray" and isinstance(options, dict))
+        check("worker_options", fits, "None, or a dict and workers='ray'")
         most = self.max_skipped
         fits = most is None or (self.on_error == "skip" and is_integer(most, 0))
         check("max_skipped", fits, "None, or an integer >= 0 and on_error='skip'")
@@ -169,8 +175,8 @@ class Options:
     ) -> Feeder:
         """A new run, whose first pass has the number `epoch`; it goes on if that is `resumed`."""
         kind = KINDS[self.workers]
-        limit = self.max_workers or kind.limit()
         auto, shard = n_workers == "auto", self.shard or (0, 1)
+        limit = (self.max_workers or kind.limit()) if auto else 1
         job = Job(
             IteratorFactory(self.iterator, limit if auto else int(n_workers), self.entropy, shard),
             spec or self.spec,
@@ -181,6 +187,8 @@ class Options:
             not (self._queue_mixes or self._mixed),
             epoch,
             skip=self.on_error == "skip",
+            restarts=self.max_restarts if self.on_error == "restart" else 0,
+            options=self.worker_options,
         )
         order = self._order(resumed)
         begun = resumed is not None and resumed.epoch == epoch and resumed.mixed.begins

@@ -24,6 +24,20 @@ def pickle_factory(factory: IteratorFactory) -> tuple[bytes, int, list[int]]:
 
     Raises TypeError, with the name of what cannot be pickled.
     """
+    code, buffers = pack_factory(factory, "process")
+    sizes = [view.nbytes for view in buffers]
+    memory = shared_memory(sum(sizes), "the arrays that the factory uses")
+    with os.fdopen(os.dup(memory), "wb") as file:
+        for view in buffers:
+            file.write(view)
+    return code, memory, sizes
+
+
+def pack_factory(factory: IteratorFactory, workers: str) -> tuple[bytes, list[memoryview]]:
+    """The pickled factory, for `workers` of this kind, and its large arrays as they lie.
+
+    Raises TypeError, with the name of what cannot be pickled.
+    """
     import cloudpickle
 
     # In a child of multiprocessing, the main script goes by this name, which workers cannot import.
@@ -45,16 +59,11 @@ def pickle_factory(factory: IteratorFactory) -> tuple[bytes, int, list[int]]:
         code = _dump(factory, keep)
     except Exception as error:
         raise TypeError(
-            "labkit: workers='process' must send the iterator factory to another process, and "
+            f"labkit: workers='{workers}' must send the iterator factory to another process, and "
             f"{_unpicklable(factory.users)} cannot be pickled ({error}). Open or make it inside "
             "the factory instead, or use workers='thread'."
         ) from error
-    sizes = [view.nbytes for view in buffers]
-    memory = shared_memory(sum(sizes), "the arrays that the factory uses")
-    with os.fdopen(os.dup(memory), "wb") as file:
-        for view in buffers:
-            file.write(view)
-    return code, memory, sizes
+    return code, buffers
 
 
 def _dump(thing: Any, keep: Callable[[pickle.PickleBuffer], bool] | None = None) -> bytes:

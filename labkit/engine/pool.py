@@ -10,9 +10,11 @@ import collections
 import contextlib
 import threading
 import time
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 from labkit.engine import interrupts
 from labkit.engine.batches import Spec
@@ -32,6 +34,10 @@ class _State:
     unheard: int = 0  # its batches that were left out, and are not released yet
     ended: bool = False
     lost: bool = False
+    life: int = 0  # how often it was started again
+    done: int = 0  # chunks of this pass that came whole
+    rows: int = 0  # of the next one that came
+    seen: int = 0  # of that one in this life
 
 
 @dataclass(frozen=True)
@@ -48,6 +54,8 @@ class Job:
         epoch: the number of the first pass.
         stages: the iterators' stages are to be timed; a kind that cannot do that leaves them away.
         skip: a batch that fails is to be left out; of a kind that cannot do that, it is a loss.
+        restarts: how often a worker that was lost is started again.
+        options: of the workers, for a kind that has any.
     """
 
     factory: IteratorFactory
@@ -59,6 +67,8 @@ class Job:
     epoch: int = 0
     stages: bool = False
     skip: bool = False
+    restarts: int = 0
+    options: dict[str, Any] | None = None
 
 
 class Pool(ABC):
@@ -89,7 +99,7 @@ class Pool(ABC):
         self.active = count
         while len(self._states) < count and not self._stopping:
             with interrupts.held_back():
-                self._start(len(self._states))
+                self._start(len(self._states), 0, 0)
                 self._states.append(_State())
         for worker, state in enumerate(self._states[:count]):
             while state.held:
@@ -98,7 +108,8 @@ class Pool(ABC):
     def get(self, seconds: float) -> Message | None:
         """The next message of any worker, or None after `seconds`. A stall is a message as well.
 
-        What workers still send of a pass that was given up goes back to them unseen.
+        What workers still send of a pass that was given up goes back to them unseen, and one that
+        is lost is started again, as often as the job says.
         """
         if not self._inbox or time.monotonic() > self._look_again:
             for message in self._receive(0.0 if self._inbox else seconds):
@@ -109,9 +120,11 @@ class Pool(ABC):
                 self._inbox.appendleft(late)
         while self._inbox:
             message = self._inbox.popleft()
-            if isinstance(message, Lost) or message.epoch == self.epoch:
+            if isinstance(message, Lost) and message.life < self.job.restarts:
+                self._restart(message)
+            elif isinstance(message, Lost) or message.epoch == self.epoch:
                 return message
-            if isinstance(message, Chunk | Skipped):
+            elif isinstance(message, Chunk | Skipped):
                 self.release(message)
         return None
 
@@ -122,6 +135,8 @@ class Pool(ABC):
     def release(self, chunk: Chunk | Skipped) -> None:
         """Gives a chunk's slots back to its worker, once its arrays are not needed any more."""
         state = self._states[chunk.worker]
+        if chunk.life != state.life:
+            return
         if isinstance(chunk, Chunk):
             state.taken -= 1
         elif chunk.released:
@@ -137,6 +152,7 @@ class Pool(ABC):
         self.epoch = epoch
         for worker, state in enumerate(self._states):
             state.ended, state.since = state.lost, time.monotonic()
+            state.done = state.rows = state.seen = 0
             self._go_on(worker)
 
     @abstractmethod
@@ -167,11 +183,20 @@ class Pool(ABC):
             self._states[chunk.worker].held.append(chunk.slots)
 
     def _take_in(self, message: Message) -> None:
+        state = self._states[message.worker]
+        if message.life != state.life:
+            return
         if isinstance(message, Chunk) and not len(message.arrays[0]):
             self._give_back(message)  # no sign of life: who makes only these is late one day
             return
-        state = self._states[message.worker]
         state.since = time.monotonic()
+        if isinstance(message, Chunk) and message.epoch == self.epoch:
+            came_before = self._came_before(message, state)
+            if came_before == len(message.arrays[0]):
+                self._give_back(message)
+                return
+            if came_before:
+                message.arrays = [part[came_before:] for part in message.arrays]
         if isinstance(message, Chunk):
             state.taken += 1
         elif isinstance(message, Skipped):
@@ -181,6 +206,31 @@ class Pool(ABC):
         elif message.epoch == self.epoch:
             state.ended = True
         self._inbox.append(message)
+
+    def _came_before(self, chunk: Chunk, state: _State) -> int:
+        """How many of its rows an earlier life of its worker has delivered; notes the others."""
+        rows = len(chunk.arrays[0])
+        if chunk.number < state.done and state.life:
+            return rows
+        if chunk.number != state.done:
+            state.done, state.rows, state.seen = chunk.number, 0, 0
+        before = min(rows, max(0, state.rows - state.seen))
+        state.seen += rows
+        state.rows = max(state.rows, state.seen)
+        if chunk.last:
+            state.done, state.rows, state.seen = chunk.number + 1, 0, 0
+        return before
+
+    def _restart(self, lost: Lost) -> None:
+        """Another one makes what the lost worker has not delivered of this pass."""
+        worker, state = lost.worker, self._states[lost.worker]
+        new = _State(life=state.life + 1, done=state.done, rows=state.rows)
+        begin = state.done if self.factory.can_resume else 0
+        with interrupts.held_back():
+            self._start(worker, new.life, begin)
+            self._states[worker] = new
+        text = f"{lost.as_error()}\nIt is started again, {new.life} of {self.job.restarts} times."
+        warnings.warn(text, RuntimeWarning, stacklevel=1)
 
     def _late(self) -> Lost | None:
         now, timeout = time.monotonic(), self.job.timeout
@@ -197,14 +247,16 @@ class Pool(ABC):
                     f"has delivered nothing for {timeout:g} s, expected a batch within timeout="
                     f"{timeout:g} s. Find out what it waits for, or raise timeout",
                     f"What it was doing:\n{self._doing(worker)}",
+                    life=state.life,
                 )
         return None
 
     # ---------------------------------------------------------------- for a kind of worker
 
     @abstractmethod
-    def _start(self, worker: int) -> None:
-        """Starts worker number `worker` on pass `self.epoch`."""
+    def _start(self, worker: int, life: int, begin: int) -> None:
+        """Starts worker number `worker` on pass `self.epoch`, at its chunk number `begin`. Its
+        messages have this `life`; the one before, if there was one, is lost, and is ended."""
 
     @abstractmethod
     def _receive(self, seconds: float) -> list[Message]:

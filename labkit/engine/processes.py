@@ -51,13 +51,18 @@ class ProcessPool(Pool):
         self._selector.register(self._woken, selectors.EVENT_READ, None)
         self._workers: list[_Process] = []
 
-    def _start(self, worker: int) -> None:
+    def _start(self, worker: int, life: int, begin: int) -> None:
+        for before in self._workers[worker : worker + 1]:
+            if not before.gone:
+                self._forget(before)
+            before.connection.close()
+            before.end(0.0)
         # A quarter more, since a shuffling queue does not hold the same number of each worker's.
         kept = -(-5 * self.job.kept // (4 * self.n_workers))
         job = self.job
-        orders = (self._code, self._sizes, self.spec, worker, self.epoch, job.stages, job.skip)
-        process = _Process(worker, orders, self._buffers, kept)
-        self._workers.append(process)
+        given = (self._code, self._sizes, self.spec, worker, self.epoch, begin)
+        process = _Process(worker, (*given, job.stages, job.skip), self._buffers, kept, life)
+        self._workers[worker : worker + 1] = [process]
         self._selector.register(process.connection, selectors.EVENT_READ, process)
         if process.death is not None:
             self._selector.register(process.death, selectors.EVENT_READ, process)
@@ -99,11 +104,14 @@ class ProcessPool(Pool):
             message.arrays = [p if isinstance(p, tuple) else aligned_copy(p) for p in parts]
         return message
 
-    def _lost(self, process: "_Process") -> Lost:
+    def _forget(self, process: "_Process") -> None:
         process.gone = True
         self._selector.unregister(process.connection)
         if process.death is not None:
             self._selector.unregister(process.death)
+
+    def _lost(self, process: "_Process") -> Lost:
+        self._forget(process)
         ending = process.ending()
         words = process.first_words()
         if words:
@@ -112,11 +120,13 @@ class ProcessPool(Pool):
                 f"{ending} before it came to your iterator. If a file of yours is named like one "
                 "of Python's modules (random.py), rename it.",
                 f"What it wrote to stderr:\n{words}",
+                life=process.life,
             )
         return Lost(
             process.index,
             f"{ending}. Its process left no traceback; look for a crash in native code, "
             "or for the system's killer of processes that use too much memory.",
+            life=process.life,
         )
 
     def _refill(self, worker: int, slots: tuple[int, ...]) -> None:
@@ -152,8 +162,10 @@ class ProcessPool(Pool):
 class _Process:
     """The parent's side of one worker process."""
 
-    def __init__(self, index: int, orders: tuple[Any, ...], buffers: int, kept: int) -> None:
-        self.index, self._kept = index, kept
+    def __init__(
+        self, index: int, orders: tuple[Any, ...], buffers: int, kept: int, life: int
+    ) -> None:
+        self.index, self._kept, self.life = index, kept, life
         self.ring: Ring | None = None
         self.gone = False
         ours, theirs = socket.socketpair()
@@ -199,7 +211,8 @@ class _Process:
             assert self.ring is not None
             epoch, number, rows, seconds, slots, last, stages = chunk
             arrays = self.ring.read(slots, rows)
-            return Chunk(self.index, arrays, seconds, epoch, slots, last, stages, number)
+            told = seconds, epoch, slots, last, stages, number, self.life
+            return Chunk(self.index, arrays, *told)
         kind, content = pickle.loads(data)
         if kind == "first":
             code, rows = content
@@ -207,14 +220,14 @@ class _Process:
             self._lay_out(spec, rows)
             return spec
         if kind == "chunk":
-            return Chunk(self.index, *content)
-        if kind == "failed":
-            summary, text, error = content
-            return Lost(self.index, summary, readable(text), load_error(error, summary))
-        if kind == "skipped":
-            summary, text, error, *at = content
-            return Skipped(self.index, summary, readable(text), load_error(error, summary), *at)
-        return Ended(self.index, content)
+            arrays, seconds, epoch, stages, number = content
+            told = seconds, epoch, (), True, stages, number, self.life
+            return Chunk(self.index, arrays, *told)
+        if kind == "ended":
+            return Ended(self.index, content, self.life)
+        summary, text, error, *at = content
+        failed = summary, readable(text), load_error(error, summary), *at
+        return (Lost if kind == "failed" else Skipped)(self.index, *failed, life=self.life)
 
     def _lay_out(self, spec: Spec, rows: int) -> None:
         layout = None

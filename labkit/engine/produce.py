@@ -229,9 +229,15 @@ class _Walk(Iterator[Any]):
 
     iterator: Iterator[Any]
 
-    def __init__(self, factory: IteratorFactory, worker: int, epoch: int, skip: bool) -> None:
+    def __init__(
+        self, factory: IteratorFactory, worker: int, epoch: int, skip: bool, begin: int
+    ) -> None:
         self._factory, self._at, self._skip = factory, (worker, epoch), skip
-        self._stretches = factory.stretches(worker, epoch)
+        self._stretches = [
+            (max(first, begin), until)
+            for first, until in factory.stretches(worker, epoch)
+            if until is None or until > begin
+        ]
         self._begin_stretch()
         self._broken: Exception | None = None
 
@@ -280,6 +286,7 @@ def produce(
     spec: Spec | None,
     copies: bool,
     skip: bool = False,
+    begin: int = 0,
 ) -> Iterator[Made | LeftOut]:
     """The batches of one pass, each as it was when it was yielded.
 
@@ -287,8 +294,9 @@ def produce(
         copies: whoever takes the arrays keeps them beyond the next batch, so what the iterator
             could write into again is copied.
         skip: a `LeftOut` comes in place of a batch that fails, if others can come after it.
+        begin: the number of the first batch that is wanted.
     """
-    walk = _Walk(factory, worker, epoch, skip)
+    walk = _Walk(factory, worker, epoch, skip, begin)
     empty = 0
     take()  # what came after the last batch of another pass
     began = time.perf_counter()

@@ -18,8 +18,9 @@ _SLOTS = 2
 class _Seat:
     """What one thread may do: how many chunks it may still hand over, of which pass."""
 
-    def __init__(self, epoch: int) -> None:
+    def __init__(self, epoch: int, life: int, begin: int) -> None:
         self.epoch: int | None = epoch  # None: it is to end
+        self.life, self.first = life, begin
         self._free = _SLOTS
         self._changed = threading.Condition()
 
@@ -56,35 +57,39 @@ class ThreadPool(Pool):
         super().__init__(job)
         self._messages: queue.SimpleQueue[Message | None] = queue.SimpleQueue()
         self._seats: list[_Seat] = []
-        self._threads: list[threading.Thread] = []
+        self._threads: list[tuple[int, threading.Thread]] = []  # also those that were replaced
 
-    def _start(self, worker: int) -> None:
-        seat = _Seat(self.epoch)
+    def _start(self, worker: int, life: int, begin: int) -> None:
+        seat = _Seat(self.epoch, life, begin)
         name = f"labkit worker {worker}"
         thread = threading.Thread(target=self._work, args=(worker, seat), name=name, daemon=True)
-        self._seats.append(seat)
-        self._threads.append(thread)
+        for before in self._seats[worker : worker + 1]:
+            before.begin(None)
+        self._seats[worker : worker + 1] = [seat]
+        self._threads.append((worker, thread))
         thread.start()
 
     def _work(self, worker: int, seat: _Seat) -> None:
         if self.job.stages:
             listen()
+        job, life, first = self.job, seat.life, seat.first
         try:
             while (epoch := seat.epoch) is not None:
-                job = self.job
-                for made in produce(self.factory, worker, epoch, self.spec, job.copies, job.skip):
+                given = self.spec, job.copies, job.skip, first
+                for made in produce(self.factory, worker, epoch, *given):
                     if not isinstance(made, LeftOut):
                         self.spec = self.spec or made.spec
                     if not seat.take_slot(epoch):
                         break
-                    self._messages.put(_message(worker, epoch, made))
+                    self._messages.put(_message(worker, epoch, made, life))
                 else:
-                    self._messages.put(Ended(worker, epoch))
+                    self._messages.put(Ended(worker, epoch, life))
                     seat.await_pass_after(epoch)
+                first = 0
         except BaseException as error:
             if not self._stopping:
                 summary, text = describe(error)
-                self._messages.put(Lost(worker, summary, readable(text), error))
+                self._messages.put(Lost(worker, summary, readable(text), error, life=life))
 
     def _receive(self, seconds: float) -> list[Message]:
         came: list[Message] = []
@@ -112,25 +117,32 @@ class ThreadPool(Pool):
         self._messages.put(None)
 
     def _doing(self, worker: int) -> str:
-        frame = sys._current_frames().get(self._threads[worker].ident or 0)
-        if frame is None:
-            return "it has ended\n"
-        return readable("".join(own_frames_left_out(traceback.extract_stack(frame)).format()))
+        newest = [thread for its, thread in self._threads if its == worker][-1]
+        return _lines_of(newest)
 
     def _end(self, seconds: float) -> list[str]:
         for seat in self._seats:
             seat.begin(None)
         deadline = time.monotonic() + seconds
         # The last one that had the runner may have been a worker's own thread.
-        others = [thread for thread in self._threads if thread is not threading.current_thread()]
-        for thread in others:
-            thread.join(max(0.0, deadline - time.monotonic()))
-        left = [i for i, thread in enumerate(self._threads) if thread.is_alive()]
-        return [f"worker {i} is still in your iterator:\n{self._doing(i)}" for i in left]
+        for _, thread in self._threads:
+            if thread is not threading.current_thread():
+                thread.join(max(0.0, deadline - time.monotonic()))
+        left = [(i, thread) for i, thread in self._threads if thread.is_alive()]
+        return [f"worker {i} is still in your iterator:\n{_lines_of(one)}" for i, one in left]
 
 
-def _message(worker: int, epoch: int, made: Made | LeftOut) -> Message:
+def _lines_of(thread: threading.Thread) -> str:
+    frame = sys._current_frames().get(thread.ident or 0)
+    if frame is None:
+        return "it has ended\n"
+    return readable("".join(own_frames_left_out(traceback.extract_stack(frame)).format()))
+
+
+def _message(worker: int, epoch: int, made: Made | LeftOut, life: int) -> Message:
     if isinstance(made, LeftOut):
         summary, text = describe(made.error)
-        return Skipped(worker, summary, readable(text), made.error, epoch, made.number)
-    return Chunk(worker, made.arrays, made.seconds, epoch, stages=made.stages, number=made.number)
+        failed = summary, readable(text), made.error
+        return Skipped(worker, *failed, epoch, made.number, life=life)
+    told = made.arrays, made.seconds, epoch, (), True, made.stages, made.number, life
+    return Chunk(worker, *told)

@@ -4,7 +4,7 @@ import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from labkit.engine import KINDS
+from labkit.engine import KINDS, TRIED
 from labkit.engine.messages import WorkerError
 from labkit.engine.pool import Job, delivered
 from labkit.engine.produce import IteratorFactory
@@ -39,7 +39,7 @@ def chosen_kind(iterator: Callable[..., Any], copies: bool = True) -> Choice:
     if two >= _HELPS * one:
         return Choice(cheapest, f"two make {two / one:.1f} times the batches of one")
     rates, why = {cheapest: _BETTER * two}, []
-    for name in (name for name, kind in KINDS.items() if not kind.shares_lock):
+    for name in (name for name in TRIED if not KINDS[name].shares_lock):
         plural = KINDS[name].plural
         try:
             rates[name] = _rate(iterator, name, 2, copies)

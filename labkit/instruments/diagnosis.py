@@ -11,7 +11,7 @@ import psutil
 from tqdm.auto import tqdm
 
 from labkit.checks import expect, is_integer
-from labkit.engine import KINDS
+from labkit.engine import KINDS, TRIED
 from labkit.engine.batches import Spec
 from labkit.instruments import laws, measure
 from labkit.instruments.laws import Demands
@@ -33,7 +33,7 @@ def diagnose(
     seconds: float = 20.0,
     batch_size: int | None = None,
     progress: bool = True,
-    workers: str | Iterable[str] = tuple(KINDS),
+    workers: str | Iterable[str] = TRIED,
     restore: Callable[[], Any] | None = None,
 ) -> Report:
     """Finds out what bounds the training, and which workers would cure it.
@@ -59,8 +59,8 @@ def diagnose(
         batch_size: samples per step. Default: as many as the generator's batches have, and 32 of a
             data set that is read sample by sample.
         progress: show a bar.
-        workers: the kinds to consider: "thread", "process", or several of them. Default: both.
-            One thread is measured in any case, since that is the serial loop.
+        workers: the kinds to consider: "thread", "process", "ray", or several of them. Default:
+            the first two. One thread is measured in any case, since that is the serial loop.
         restore: called without arguments when `diagnose` has used the step, and again when the
             report's `check()` has, also where they fail.
 

@@ -1,0 +1,198 @@
+"""Which Ray: the one that this process uses already, one at an address, or one of labkit's own."""
+
+import atexit
+import contextlib
+import os
+import secrets
+import shutil
+import socket
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import psutil
+
+from labkit.machine import usable_cores
+
+_ANSWERS = 10.0  # seconds
+_STORE = 0.3  # of the free memory
+_SLOW = {"RAY_agent_register_timeout_ms": "120000", "RAY_worker_register_timeout_seconds": "120"}
+_own = ""  # the address of the cluster that labkit has started
+
+
+def imported() -> Any:
+    """The package, without a report of its use. Raises ImportError where it is not installed."""
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    try:
+        import ray
+    except ImportError as error:
+        raise ImportError(
+            "labkit: workers='ray' needs Ray, which is not installed here: pip install "
+            f"'labkit[ray]' ({error}). Or use workers='process', on this machine alone."
+        ) from None
+    return ray
+
+
+def connect(address: str | None, at_exit: Callable[[], None]) -> Any:
+    """The package, connected to a cluster: to the one that is in use, else to `address`, else to
+    that of RAY_ADDRESS, else to one on this machine, which ends with this process.
+
+    Args:
+        at_exit: is called ahead of Ray's own end.
+
+    Raises:
+        ImportError: Ray is not installed.
+        ConnectionError: nothing answers there, or the token is another one.
+        RuntimeError: it could not be started here.
+    """
+    ray = imported()
+    if not ray.is_initialized():
+        address = address or os.environ.get("RAY_ADDRESS") or "local"
+        if address == "local":
+            _start_own(ray)
+        else:
+            _join(ray, address)
+    atexit.unregister(at_exit)
+    atexit.register(at_exit)
+    return ray
+
+
+def is_own() -> bool:
+    """Whether the cluster in use is the one that labkit has started."""
+    ray = imported()
+    return bool(ray.is_initialized() and ray.get_runtime_context().gcs_address == _own)
+
+
+def cores() -> int:
+    """The CPUs of the cluster in use; of this machine, where there is none."""
+    ray = imported()
+    if not ray.is_initialized() or is_own():
+        return usable_cores()
+    return max(1, int(ray.cluster_resources().get("CPU", 1)))
+
+
+def _join(ray: Any, address: str) -> None:
+    from ray._private import services
+
+    by = "RAY_ADDRESS" if address == os.environ.get("RAY_ADDRESS") else "address"
+    told = f"labkit: no Ray cluster answers at {address}, as given by {by}"
+    otherwise = (
+        "Correct it, start a cluster (ray start --head), or leave the address away: labkit then "
+        "starts one on this machine. If it asks for a token: RAY_AUTH_MODE=token, and its "
+        "RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH."
+    )
+    try:
+        where = services.canonicalize_bootstrap_address(address)  # of "auto", what Ray has noted
+        _await_answer(str(where))
+        ray.init(address=address)
+    except Exception as error:
+        raise ConnectionError(f"{told}: {error}. {otherwise}") from error
+
+
+def _await_answer(where: str) -> None:
+    """Raises OSError if nothing answers there, or no server of gRPC: Ray would try for minutes."""
+    host, _, port = where.rpartition(":")
+    with socket.create_connection((host.strip("[]"), int(port)), _ANSWERS) as line:
+        # The two sides of HTTP/2 begin with a frame of settings.
+        line.sendall(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes((0, 0, 0, 4, 0, 0, 0, 0, 0)))
+        if line.recv(4)[3:] != b"\x04":
+            raise OSError("something else answers there")
+
+
+def _start_own(ray: Any) -> None:
+    """A cluster of this machine alone, on 127.0.0.1, which ends with this process.
+
+    Ray's servers run code for whoever has the token. It is drawn here, and lives in the environment
+    of this process and of Ray's, on no disk; what a user has set stays.
+    """
+    global _own
+    if not any(name.startswith("RAY_AUTH_") for name in os.environ):
+        os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)  # Ray itself turns the asking on
+    try:
+        with _environment(_SLOW), patience():
+            ray.init(
+                address="local",
+                num_cpus=usable_cores(),
+                num_gpus=0,
+                include_dashboard=False,
+                object_store_memory=_store_bytes(),
+                _node_ip_address="127.0.0.1",
+            )
+    except Exception as error:
+        raise RuntimeError(
+            f"labkit: Ray could not be started on this machine ({error}). Look into its logs, "
+            "/tmp/ray/session_latest/logs, or start a cluster (ray start --head) and set "
+            "RAY_ADDRESS."
+        ) from error
+    _own = ray.get_runtime_context().gcs_address
+
+
+def close() -> None:
+    """Ends the cluster that labkit has started, if there is one."""
+    ray = imported()
+    if is_own():
+        ray.shutdown()
+
+
+@contextlib.contextmanager
+def patience() -> Iterator[None]:
+    """Nodes that start meanwhile do without Ray's limit of 15 s until its helpers are there, of
+    which none is needed: on a busy machine they take longer, and the node would give up."""
+    from ray._private.node import Node
+    from ray._raylet import persist_port  # type: ignore[attr-defined]
+
+    start: Any = Node.start_raylet
+
+    def start_without_them(self: Any, *args: Any, **kwargs: Any) -> Any:
+        for port in ("metrics_agent_port", "metrics_export_port", "dashboard_agent_listen_port"):
+            persist_port(self._session_dir, self._node_id, port, -1)
+        given = self._ray_params
+        given.runtime_env_agent_port = given.runtime_env_agent_port or _free_port()
+        return start(self, *args, **kwargs)
+
+    setattr(Node, "start_raylet", start_without_them)  # noqa: B010
+    try:
+        yield
+    finally:
+        setattr(Node, "start_raylet", start)  # noqa: B010
+
+
+def _store_bytes() -> int:
+    free = psutil.virtual_memory().available
+    with contextlib.suppress(OSError):
+        free = min(free, 2 * shutil.disk_usage("/dev/shm").free)
+    return max(100 << 20, int(_STORE * free))
+
+
+def _free_port() -> int:
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        return int(one.getsockname()[1])
+
+
+@contextlib.contextmanager
+def _environment(more: dict[str, str]) -> Iterator[None]:
+    """With these set, where they are not."""
+    new = {name: value for name, value in more.items() if name not in os.environ}
+    os.environ.update(new)
+    try:
+        yield
+    finally:
+        for name in new:
+            os.environ.pop(name, None)
+
+
+def missing(ray: Any, options: dict[str, Any]) -> str:
+    """Which resource the cluster lacks for one more actor with these options; "" if none."""
+    needs = {"CPU": options.get("num_cpus") or 0, "GPU": options.get("num_gpus") or 0}
+    needs |= {"memory": options.get("memory") or 0, **(options.get("resources") or {})}
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    free = ray.available_resources()
+    for name, need in needs.items():
+        most = max((node.get(name, 0) for node in nodes), default=0)
+        if need > most:
+            return f"{need:g} {name}, and the largest of {len(nodes)} nodes has {most:g}"
+        if need > free.get(name, 0):
+            total = sum(node.get(name, 0) for node in nodes)
+            left = free.get(name, 0)
+            return f"{need:g} {name}, and of the cluster's {total:g} only {left:g} are free"
+    return ""

@@ -1,0 +1,336 @@
+"""Workers as actors of a Ray cluster, for iterators that need more cores than a machine has.
+
+RayPool ── next(epoch), a few calls under way ──► _Producer, an actor: the loop of produce.py
+        ◄── arrays, through Ray's object store ──
+
+A call is a place: it brings one chunk, and the next call follows when that one is released. What an
+actor is told beside that (another pass, the stop) goes past the calls that wait.
+"""
+
+import collections
+import concurrent.futures
+import contextlib
+import pickle
+import queue
+import sys
+import threading
+import time
+import traceback
+import weakref
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from labkit.engine import cluster
+from labkit.engine.messages import Chunk, Ended, Lost, Message, Skipped
+from labkit.engine.pickling import dump_error, dump_spec, load_error, pack_factory
+from labkit.engine.pool import Job, Pool
+from labkit.engine.produce import IteratorFactory, LeftOut, Made, produce
+from labkit.engine.stage import listen
+from labkit.engine.tracebacks import describe, own_frames_left_out, readable
+
+PLACES = 3
+_OVER = 1 << 62  # a pass that never comes
+_PATIENCE, _ASK_AGAIN = 30.0, 2.0  # seconds, until an actor has a place; between two questions
+_START = 60.0  # seconds, that an actor's start may take and do not count as a batch's
+_AGAIN = 1.0  # second, since Ray believes for a while in a machine that is gone
+_CLEAN_UP = 0.5  # seconds, for the iterators' own
+_ASIDE = {"concurrency_group": "aside"}
+_POOLS: "weakref.WeakSet[RayPool]" = weakref.WeakSet()
+
+
+class _Producer:
+    """The actor's side: makes the next chunk when it is asked to. No TensorFlow."""
+
+    def __init__(self, packed: tuple[bytes, list[Any]], orders: tuple[Any, ...]) -> None:
+        self._packed, self._orders = packed, orders
+        self._factory: IteratorFactory | None = None
+        self._batches: Iterator[Made | LeftOut] | None = None
+        self._epoch, self._wanted = -1, 0
+        self._thread = 0
+
+    def next(self, epoch: int) -> tuple[Any, ...] | None:
+        """A chunk, or what happened in place of one; None: of this pass, there is nothing more."""
+        self._thread = threading.get_ident()
+        try:
+            self._wanted = max(epoch, self._wanted)
+            return _made(self, epoch) if epoch == self._wanted else None
+        except BaseException as error:
+            self._batches = None
+            summary, text = describe(error)
+            return "failed", summary, text, dump_error(error)
+
+    def leave(self) -> None:
+        """Ends the iterator, whose own clean-up runs."""
+        close = getattr(self._batches, "close", None)
+        self._batches = None
+        if close is not None:
+            close()
+
+    # Aside of the calls above.
+
+    def begin(self, epoch: int) -> None:
+        self._wanted = epoch
+
+    def where(self) -> str:
+        import ray
+
+        context = ray.get_runtime_context()
+        return f"{ray.util.get_node_ip_address()} (node {context.get_node_id()[:8]})"
+
+    def doing(self) -> str:
+        frame = sys._current_frames().get(self._thread)
+        if frame is None:
+            return "it has not begun\n"
+        import ray
+
+        rays = str(Path(ray.__file__).parent)
+        stack = [f for f in traceback.extract_stack(frame) if not f.filename.startswith(rays)]
+        lines = own_frames_left_out(traceback.StackSummary.from_list(stack)).format()
+        return "".join(lines) or "it waits\n"
+
+
+# No method: Ray puts a frame of its own around each of those.
+def _made(producer: _Producer, epoch: int) -> tuple[Any, ...] | None:
+    its = producer
+    worker, spec, stages, skip, first = its._orders
+    if epoch != its._epoch:
+        if its._factory is None:
+            code, buffers = its._packed
+            its._factory = pickle.loads(code, buffers=buffers)
+            if stages:
+                listen()
+        first = first if its._epoch < 0 else 0
+        its._batches = produce(its._factory, worker, epoch, spec, False, skip, first)
+        its._epoch = epoch
+    if its._batches is None:
+        return None
+    made = next(its._batches, None)
+    if made is None:
+        its._batches = None
+        return ("ended",)
+    if isinstance(made, LeftOut):
+        summary, text = describe(made.error)
+        return "skipped", summary, text, dump_error(made.error), made.number
+    new = dump_spec(made.spec) if spec is None else None
+    if spec is None:
+        its._orders = worker, made.spec, stages, skip, first
+    return "chunk", made.arrays, made.seconds, made.stages, made.number, new
+
+
+class _Actor:
+    """The driver's side of one of them."""
+
+    def __init__(self, handle: Any, life: int, where: Any) -> None:
+        self.handle, self.life, self._where = handle, life, where
+        self.calls: collections.deque[tuple[int, Any]] = collections.deque()  # passes, and futures
+        self.idle = 0  # places whose calls found nothing to bring
+        self.gone = False
+        self.since = self.asked = time.monotonic()
+
+    @property
+    def node(self) -> str:
+        """Where it runs; "" as long as it has no place, or did not answer."""
+        if self._where.done() and not self._where.exception():
+            return str(self._where.result())
+        return ""
+
+
+class RayPool(Pool):
+    """Each worker is an actor, in a process of its own, on any machine of the cluster.
+
+    The factory travels by cloudpickle and lies in the object store once, with its large arrays,
+    which the workers of a machine share and cannot write into. Its modules, and labkit, have to be
+    there (or in runtime_env). A worker asks for one CPU, unless `job.options` say otherwise: those
+    are an actor's (num_cpus, resources, runtime_env, scheduling_strategy, ...), and `address`.
+
+    Without a cluster, Ray is started here for as long as this process lives. Its servers (GCS,
+    raylet, object manager, agents and each worker, on ports that they draw) listen on all
+    interfaces and run code for whoever has the token (RAY_AUTH_TOKEN), so that stays on.
+
+    Raises:
+        ImportError: Ray is not installed.
+        ConnectionError: no cluster answers at the address.
+        TypeError: the factory, or something that it refers to, cannot be pickled.
+    """
+
+    def __init__(self, job: Job) -> None:
+        super().__init__(job)
+        packed = pack_factory(job.factory, "ray")
+        options = dict(job.options or {})
+        self._ray = cluster.connect(options.pop("address", None), _end_all)
+        # On this machine alone there may be more workers than cores, as there may be of processes.
+        self._options = {"num_cpus": 0 if cluster.is_own() else 1, **options}
+        self._packed = self._ray.put((packed[0], [pickle.PickleBuffer(b) for b in packed[1]]))
+        self._actors: list[_Actor] = []
+        self._came: queue.SimpleQueue[int | None] = queue.SimpleQueue()  # whose call is done
+        _POOLS.add(self)
+
+    def _start(self, worker: int, life: int, begin: int) -> None:
+        for before in self._actors[worker : worker + 1]:
+            self._kill(before)
+            if not before.node:
+                time.sleep(_AGAIN)
+        job = self.job
+        actor = self._ray.remote(concurrency_groups={"aside": 1})(_Producer)
+        orders = worker, self.spec, job.stages, job.skip, begin
+        handle = actor.options(**self._options).remote(self._packed, orders)
+        where = handle.where.options(**_ASIDE).remote().future()
+        where.add_done_callback(lambda _: self._came.put(None))
+        self._actors[worker : worker + 1] = [_Actor(handle, life, where)]
+        for _ in range(PLACES):
+            self._call(worker)
+
+    def _call(self, worker: int) -> None:
+        actor, came = self._actors[worker], self._came
+        # A call without a cluster would start one.
+        if actor.gone or self._stopping or not self._ray.is_initialized():
+            return
+        future = actor.handle.next.remote(self.epoch).future()
+        actor.calls.append((self.epoch, future))
+        future.add_done_callback(lambda _: came.put(worker))
+
+    def _receive(self, seconds: float) -> list[Message]:
+        messages: list[Message] = []
+        try:
+            came = self._came.get(timeout=seconds) if seconds else self._came.get_nowait()
+            while True:
+                messages += () if came is None else self._done_by(came)
+                came = self._came.get_nowait()
+        except queue.Empty:
+            pass
+        messages += filter(None, map(self._without_a_place, range(len(self._states))))
+        return messages
+
+    def _done_by(self, worker: int) -> Iterator[Message]:
+        """In the order of the calls: a small result may be here before a large one ahead of it."""
+        actor = self._actors[worker]
+        while not actor.gone and actor.calls and actor.calls[0][1].done():
+            message = self._message(worker, *actor.calls.popleft())
+            if message is not None:
+                yield message
+
+    def _message(self, worker: int, epoch: int, future: Any) -> Message | None:
+        actor = self._actors[worker]
+        life = actor.life
+        try:
+            told = future.result()
+        except BaseException as error:
+            return self._lost(worker, error)
+        if told is None:
+            actor.idle += 1
+            if epoch != self.epoch:
+                self._use_idle(worker)
+            return None
+        kind, *content = told
+        if kind == "chunk":
+            arrays, seconds, stages, number, spec = content
+            if self.spec is None:
+                self.spec = pickle.loads(spec)
+            return Chunk(worker, arrays, seconds, epoch, (), True, stages, number, life)
+        if kind == "ended":
+            actor.idle += 1
+            return Ended(worker, epoch, life)
+        summary, text, code, *number = content
+        text = f"On {actor.node or 'a node'}:\n{readable(text)}"
+        failed = summary, text, load_error(code, summary)
+        if kind == "skipped":
+            return Skipped(worker, *failed, epoch, *number, life=life)
+        self._kill(actor)
+        return Lost(worker, *failed, life=life)
+
+    def _lost(self, worker: int, error: BaseException) -> Lost:
+        actor = self._actors[worker]
+        self._kill(actor)
+        where = f" on {actor.node}" if actor.node else ""
+        return Lost(
+            worker,
+            f"died{where}: its actor is gone, or what it made ({type(error).__name__}). Look for a "
+            "crash in native code, for a killer of processes that use too much memory, or for a "
+            "machine that left the cluster.",
+            f"What Ray says of it:\n{error}",
+            error,
+            life=actor.life,
+        )
+
+    def _without_a_place(self, worker: int) -> Lost | None:
+        """If it still has none, and the cluster has none."""
+        actor, now = self._actors[worker], time.monotonic()
+        if actor.gone or actor.node:
+            return None
+        if now - actor.since < _START:
+            self._states[worker].since = now
+        patience = min(_PATIENCE, (self.job.timeout or 2 * _PATIENCE) / 2)
+        if now - actor.since < patience or now - actor.asked < _ASK_AGAIN:
+            return None
+        actor.asked = now
+        if not (lacks := cluster.missing(self._ray, self._options)):
+            return None
+        self._kill(actor)
+        return Lost(
+            worker,
+            f"found no place in the cluster within {patience:g} s: it needs {lacks}. Take fewer "
+            "workers, ask for less (worker_options), or add nodes; half of timeout is the limit.",
+            life=actor.life,
+        )
+
+    def _kill(self, actor: _Actor) -> None:
+        actor.gone = True
+        with contextlib.suppress(Exception):
+            self._ray.kill(actor.handle)
+
+    def _refill(self, worker: int, slots: tuple[int, ...]) -> None:
+        self._call(worker)
+
+    def _use_idle(self, worker: int) -> None:
+        actor = self._actors[worker]
+        calls, actor.idle = actor.idle, 0
+        for _ in range(calls):
+            self._call(worker)
+
+    def _go_on(self, worker: int) -> None:
+        actor = self._actors[worker]
+        if not actor.gone and self._ray.is_initialized():
+            actor.handle.begin.options(**_ASIDE).remote(self.epoch)
+            self._use_idle(worker)
+
+    def _room(self, worker: int) -> int:
+        return PLACES
+
+    def _doing(self, worker: int) -> str:
+        actor = self._actors[worker]
+        if not actor.node:
+            return "its actor has not started yet\n"
+        try:
+            text = self._ray.get(actor.handle.doing.options(**_ASIDE).remote(), timeout=2.0)
+        except Exception:
+            text = "(it did not answer)\n"
+        return f"On {actor.node}:\n{readable(text)}"
+
+    def wake(self) -> None:
+        self._came.put(None)
+
+    def _end(self, seconds: float) -> list[str]:
+        deadline = time.monotonic() + seconds
+        living = [actor for actor in self._actors if not actor.gone]
+        if self._ray.is_initialized() and living:
+            with contextlib.suppress(Exception):
+                for actor in living:
+                    actor.handle.begin.options(**_ASIDE).remote(_OVER)
+                left = [actor.handle.leave.remote() for actor in living if actor.node]
+                self._ray.wait(left, num_returns=len(left), timeout=min(_CLEAN_UP, seconds))
+        for actor in living:
+            self._kill(actor)
+        if self._ray.is_initialized():
+            # Their last calls fail once they are gone.
+            last = [future for actor in living for _, future in actor.calls]
+            concurrent.futures.wait(last, max(0.0, deadline - time.monotonic()))
+        self._actors.clear()
+        self._packed = None
+        return []
+
+
+def _end_all() -> None:
+    """Ahead of Ray's own end at exit."""
+    for pool in list(_POOLS):
+        pool.stop(1.0)

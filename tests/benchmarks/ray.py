@@ -1,0 +1,139 @@
+"""What Ray costs: `python -m tests.benchmarks.ray [--seconds S] [--rounds N]`. Interleaved.
+
+Batches/s of one worker that only hands out an array: of 100 KB and of 19 MB. By labkit's actors and
+its processes (`dataset()`; and their pools alone), by Ray Data's `iter_tf_batches` on the same
+generator (needs `tests/benchmarks/requirements.txt`), and by bare `ray.get` of an actor's results,
+three calls ahead. All on one machine: this is overhead, not scale.
+"""
+
+import argparse
+import contextlib
+import functools
+import itertools
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+
+from labkit import QueueRunner
+from labkit.engine import KINDS, cluster
+from labkit.engine.pool import Job, delivered
+from labkit.engine.produce import IteratorFactory
+from labkit.engine.ray import PLACES
+from tests.benchmarks.common import median, spread, write
+
+ROWS = 32
+SIZES = {"100 KB": 100_000, "19 MB": 19_000_000}
+SETTLE = 6  # batches
+
+
+def factory_of(nbytes: int) -> Callable[[], Iterator[Any]]:
+    def batches() -> Iterator[Any]:
+        batch = np.zeros((ROWS, nbytes // 4 // ROWS), np.float32)
+        while True:
+            yield (batch,)
+
+    return batches
+
+
+def through_runner(workers: Any, nbytes: int) -> Iterator[Any]:
+    settings: dict[str, Any] = {"capacity": 4 * ROWS, "shuffle": False}
+    with QueueRunner(factory_of(nbytes), ROWS, 1, workers, **settings) as runner:
+        yield from runner.dataset()
+
+
+def through_pool(workers: str, nbytes: int) -> Iterator[Any]:
+    pool = KINDS[workers].pool(Job(IteratorFactory(factory_of(nbytes), 1)))
+    try:
+        yield from (chunk for chunk in delivered(pool, 0.1) if chunk is not None and chunk.last)
+    finally:
+        pool.stop()
+
+
+def through_ray_data(nbytes: int) -> Iterator[Any]:
+    import ray.data
+
+    ray.data.DataContext.get_current().enable_progress_bars = False
+    make = factory_of(nbytes)
+
+    def batches(_: Any) -> Iterator[Any]:
+        return ({"x": x} for (x,) in itertools.islice(make(), 100_000))
+
+    data = ray.data.range(1, override_num_blocks=1).map_batches(batches, batch_size=1)
+    yield from data.iter_tf_batches(batch_size=ROWS, prefetch_batches=2)
+
+
+def by_hand(nbytes: int) -> Iterator[Any]:
+    ray = cluster.imported()
+
+    class Hand:
+        def __init__(self, make: Any) -> None:
+            self.made = make()
+
+        def next(self) -> Any:
+            return next(self.made)
+
+    hand = ray.remote(num_cpus=0)(Hand).remote(factory_of(nbytes))
+    ahead = [hand.next.remote() for _ in range(PLACES)]
+    try:
+        while True:
+            yield ray.get(ahead.pop(0))
+            ahead.append(hand.next.remote())
+    finally:
+        ray.kill(hand)
+
+
+CONTESTANTS: dict[str, Callable[[int], Iterator[Any]]] = {
+    "labkit ray": functools.partial(through_runner, "ray"),
+    "labkit processes": functools.partial(through_runner, "process"),
+    "labkit ray, its pool": functools.partial(through_pool, "ray"),
+    "labkit processes, their pool": functools.partial(through_pool, "process"),
+    "Ray Data": through_ray_data,
+    "bare ray.get": by_hand,
+}
+
+
+def rate(batches: Iterator[Any], seconds: float) -> float:
+    with contextlib.closing(batches):  # type: ignore[type-var]
+        for _ in range(SETTLE):
+            next(batches)
+        began, count = time.perf_counter(), 0
+        while (took := time.perf_counter() - began) < seconds:
+            next(batches)
+            count += 1
+        return count / took
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--seconds", type=float, default=5.0, help="counted, of each run")
+    parser.add_argument("--rounds", type=int, default=5)
+    args = parser.parse_args()
+    cluster.connect("local", lambda: None)
+    results: dict[str, Any] = {}
+    for size, nbytes in SIZES.items():
+        rates: dict[str, list[float]] = {name: [] for name in CONTESTANTS}
+        for _ in range(args.rounds):
+            for name, batches in CONTESTANTS.items():
+                try:
+                    rates[name].append(rate(batches(nbytes), args.seconds))
+                except ImportError as error:
+                    print(f"{name}: left away ({error})")
+        bare, ours = rates["bare ray.get"], rates["labkit ray"]
+        results[size] = {
+            name: {
+                "batches_per_second": median(its),
+                "drift": spread(its),
+                "over_bare": median([a / b for a, b in zip(its, bare, strict=True)]),
+                "labkit_ray_over_it": median([a / b for a, b in zip(ours, its, strict=True)]),
+            }
+            for name, its in rates.items()
+            if its
+        }
+        print(size, results[size])
+    write("benchmark_ray", results)
+
+
+if __name__ == "__main__":
+    main()

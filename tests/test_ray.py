@@ -1,0 +1,224 @@
+"""workers="ray": what the other kinds promise, run over actors, and the faults of a cluster.
+
+Two clusters for all of it: labkit's own, and one of two nodes, of which one is killed.
+"""
+
+import os
+import time
+import warnings
+
+import numpy as np
+import pytest
+
+ray = pytest.importorskip("ray")
+
+from labkit import QueueRunner, WorkerError  # noqa: E402
+from labkit.engine import cluster  # noqa: E402
+from tests import test_faults, test_kinds  # noqa: E402
+from tests.consumers import IN_SECONDS, in_dataset  # noqa: E402
+
+SMALL = {"capacity": 64, "min_after_dequeue": 8}
+
+# The same tests as of threads and processes.
+test_passes_begin_afresh_and_end = test_kinds.test_passes_begin_afresh_and_end
+test_a_misfit_and_an_end_at_once_are_named = test_kinds.test_a_misfit_and_an_end_at_once_are_named
+test_continue_goes_on_without_the_lost_worker = (
+    test_kinds.test_continue_goes_on_without_the_lost_worker
+)
+test_a_bad_batch_is_left_out = test_kinds.test_a_bad_batch_is_left_out
+test_a_runner_is_stopped_while_its_queue_is_full = (
+    test_kinds.test_a_runner_is_stopped_while_its_queue_is_full
+)
+test_exception = test_faults.test_exception
+test_stop_while_starting = test_faults.test_stop_while_starting
+
+
+@pytest.fixture
+def workers():
+    return "ray"
+
+
+@pytest.fixture
+def consume():
+    return in_dataset
+
+
+@pytest.fixture
+def repeat():
+    return 0
+
+
+@pytest.fixture(scope="module")
+def own():
+    """labkit's own cluster, as the first runner starts it."""
+    ray.shutdown()
+    cluster.connect(None, lambda: None)
+    yield
+    cluster.close()
+
+
+@pytest.fixture
+def nothing_left_running(request):
+    """In place of the one for all tests: Ray's processes stay for the next test; no actor does, and
+    no object in its store."""
+    if request.node.name.startswith("test_without"):
+        yield
+        return
+    request.getfixturevalue("two_nodes" if "two_nodes" in request.fixturenames else "own")
+    shared = sorted(os.listdir("/dev/shm"))
+    yield
+    _in_seconds(lambda: not _living_actors(), "an actor lives")
+    _in_seconds(lambda: not _bytes_in_store(), "objects are left in the store")
+    assert sorted(os.listdir("/dev/shm")) == shared
+
+
+def _living_actors():
+    states = ray._private.state.actors().values()
+    return [actor for actor in states if actor["State"] != "DEAD"]
+
+
+def _bytes_in_store():
+    have = ray.cluster_resources().get("object_store_memory", 0)
+    return have - ray.available_resources().get("object_store_memory", 0)
+
+
+def _in_seconds(fits, told):
+    end = time.monotonic() + 10.0
+    while not fits():
+        assert time.monotonic() < end, told
+        time.sleep(0.05)
+
+
+def counted(total, chunk):
+    """Its shares can begin later."""
+
+    def factory(worker, n_workers, start):
+        for at in range(start + worker, total, n_workers):
+            yield (np.arange(at * chunk, (at + 1) * chunk),)
+
+    return factory
+
+
+def index_of(batches):
+    return sorted(int(i) for (index,) in batches for i in index)
+
+
+def test_a_killed_actor_is_told_with_its_node_and_restarted(own, tmp_path):
+    marks = str(tmp_path)
+
+    def factory(worker, n_workers, start):
+        for at in range(start + worker, 40, n_workers):
+            mark = os.path.join(marks, str(at))
+            if at in (5, 21) and not os.path.exists(mark):
+                open(mark, "w").close()
+                os.kill(os.getpid(), 9)
+            yield (np.arange(at * 4, at * 4 + 4),)
+
+    with pytest.raises(WorkerError, match=r"worker 1 died on [0-9.]+ \(node [0-9a-f]+\)"):
+        in_dataset(QueueRunner(factory, 8, 2, "ray", **SMALL))
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        runner = QueueRunner(factory, 8, 2, "ray", on_error="restart", **SMALL)
+        assert index_of(in_dataset(runner)) == list(range(160))
+    told = [str(w.message) for w in said if "is started again, 1 of 3 times" in str(w.message)]
+    assert len(told) == 1 and "worker 1 died on" in told[0]
+
+
+def test_a_stall_is_shown_with_its_line_and_large_batches_come_whole(own):
+    data = np.arange(3_000_000).reshape(3, -1)
+
+    def factory():
+        for part in data:
+            yield (part[None],)
+        time.sleep(3600.0)  # where it stands
+
+    seen = []
+    with pytest.raises(WorkerError, match=r"worker 0 has delivered nothing for 2 s") as caught:
+        in_dataset(
+            QueueRunner(factory, 1, 1, "ray", timeout=2.0, shuffle=False, capacity=4), seen=seen
+        )
+    assert "time.sleep(3600.0)  # where it stands" in str(caught.value)
+    assert "site-packages/ray" not in str(caught.value) and "labkit/engine" not in str(caught.value)
+    assert all((got[0] == part).all() for (got,), part in zip(seen, data, strict=True))
+
+
+def test_a_cluster_that_is_too_small_says_what_it_lacks(own):
+    for options, lack in (({"num_cpus": 99}, "99 CPU"), ({"resources": {"disk": 1}}, "1 disk")):
+        runner = QueueRunner(
+            counted(4, 4), 4, 1, "ray", timeout=2.0, worker_options=options, **SMALL
+        )
+        with pytest.raises(WorkerError, match=f"no place in the cluster within 1 s: .*{lack}"):
+            in_dataset(runner)
+
+
+def test_no_more_batches_are_made_than_have_a_place(own, tmp_path):
+    made = tmp_path / "made"
+    path = str(made)
+
+    def factory():
+        for number in range(1000):
+            with open(path, "a") as file:
+                file.write(".")
+            yield (np.full(4, number),)
+
+    with QueueRunner(factory, 4, 1, "ray", capacity=8, min_after_dequeue=0) as runner:
+        taken = iter(runner.dataset())
+        next(taken)
+        _in_seconds(lambda: runner.depth() >= 8, "the queue stays empty")
+        time.sleep(0.5)
+        assert made.stat().st_size < 40
+        del taken
+
+
+# -- two nodes ---------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def two_nodes(request):
+    from ray.cluster_utils import Cluster
+
+    ray.shutdown()
+    with cluster.patience():
+        both = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
+        both.other = both.add_node(num_cpus=1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_ADDRESS", both.address)
+        cluster.connect(None, lambda: None)
+        yield both
+    ray.shutdown()
+    both.shutdown()
+
+
+def test_a_killed_node_raises_or_its_share_is_made_elsewhere(two_nodes):
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    assert not cluster.is_own()
+
+    def slow(worker, n_workers, start):
+        for at in range(start + worker, 60 if n_workers == 2 else 10**6, n_workers):
+            time.sleep(0.05)
+            yield (np.arange(at * 4, at * 4 + 4),)
+
+    def there(soft):
+        """On the other node, and soft: elsewhere once that is gone."""
+        affine = NodeAffinitySchedulingStrategy(two_nodes.other.node_id, soft=soft)
+        return {"worker_options": {"num_cpus": 0.1, "scheduling_strategy": affine}}
+
+    settings = {"capacity": 8, "min_after_dequeue": 0}
+    goes_on = QueueRunner(slow, 4, 2, "ray", on_error="restart", **settings, **there(soft=True))
+    raises = QueueRunner(slow, 4, 1, "ray", **settings, **there(soft=False))
+    with warnings.catch_warnings(record=True) as said, goes_on:
+        warnings.simplefilter("always")
+        batches = iter(goes_on.dataset())
+        seen = [next(batches)[0].numpy() for _ in range(4)]
+        with pytest.raises(WorkerError, match=r"worker 0 died on"), raises:
+            rest = iter(raises.dataset())
+            next(rest)
+            began = time.monotonic()
+            two_nodes.remove_node(two_nodes.other, allow_graceful=False)
+            list(rest)
+        assert time.monotonic() - began < IN_SECONDS
+        seen += [index.numpy() for (index,) in batches]
+    assert sorted(np.concatenate(seen).tolist()) == list(range(240))
+    # More than one of each, where Ray takes the killed node for alive for a moment.
+    assert len([w for w in said if "is started again" in str(w.message)]) >= 2
