@@ -132,16 +132,18 @@ class Options:
         kind = KINDS[self.workers]
         limit = self.max_workers or kind.limit()
         auto = n_workers == "auto"
+        # Batches lie in the queue as they are delivered, unless they are mixed on the way.
+        keeps = not (self._queue_mixes or self._mixed)
         job = Job(
             IteratorFactory(self.iterator, limit if auto else int(n_workers), self.entropy),
             spec or self.spec,
             self.timeout,
             self.capacity + 2 * self.batch_size,
             self.reuses_buffers,
-            # Batches lie in the queue as they are delivered, unless they are mixed on the way.
-            not (self._queue_mixes or self._mixed),
+            keeps,
             epoch,
             skip=self.on_error == "skip",
+            aligned=self.batch_size if keeps else 0,
         )
         order = self._order(resumed)
         if resumed is not None and order is not None and resumed.epoch == epoch:

@@ -48,6 +48,7 @@ class Job:
         epoch: the number of the first pass.
         stages: the iterators' stages are to be timed; a kind that cannot do that leaves them away.
         skip: a batch that fails is to be left out; of a kind that cannot do that, it is a loss.
+        aligned: samples of a chunk that goes to TensorFlow as it lies; 0 if none does.
     """
 
     factory: IteratorFactory
@@ -59,6 +60,7 @@ class Job:
     epoch: int = 0
     stages: bool = False
     skip: bool = False
+    aligned: int = 0
 
 
 class Pool(ABC):

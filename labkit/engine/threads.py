@@ -72,12 +72,14 @@ class ThreadPool(Pool):
         try:
             while (epoch := seat.epoch) is not None:
                 job = self.job
-                for made in produce(self.factory, worker, epoch, self.spec, job.copies, job.skip):
+                how = job.copies, job.skip, job.aligned
+                for made in produce(self.factory, worker, epoch, self.spec, *how):
                     if not isinstance(made, LeftOut):
                         self.spec = self.spec or made.spec
                     if not seat.take_slot(epoch):
                         break
                     self._messages.put(_message(worker, epoch, made))
+                    del made
                 else:
                     self._messages.put(Ended(worker, epoch))
                     seat.await_pass_after(epoch)
