@@ -1,14 +1,18 @@
 """The race: every contestant that is installed runs, and what the table says follows from it."""
 
+import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import threading
+import time
 from functools import partial
 
 import cloudpickle
 import numpy as np
+import psutil
 import pytest
 
 import labkit
@@ -129,6 +133,45 @@ def test_ratios_are_paired_by_round_and_a_difference_within_them_is_a_tie(tmp_pa
     (tmp_path / "other.json").write_text(json.dumps({"format": 1}))
     with pytest.raises(ValueError, match=r"expected a file that labkit\.race wrote"):
         Results.load(tmp_path / "other.json")
+
+
+ENDED = """
+import labkit, time
+def slow():
+    time.sleep(300)
+    yield 1
+labkit.race(slow, 0.1, contestants="serial", progress=False)
+"""
+
+
+def test_a_race_that_is_ended_leaves_no_folder_and_no_process(tmp_path):
+    def lanes(home):
+        """What runs with a race's mark, and has its temporary files there."""
+        for process in psutil.process_iter():
+            with contextlib.suppress(psutil.Error):
+                its = process.environ()
+                if group.MARK in its and its.get("TMPDIR") == str(home):
+                    yield process
+
+    signals = (signal.SIGTERM, signal.SIGINT)
+    homes = [tmp_path / str(number) for number in signals]
+    for home in homes:
+        home.mkdir()
+    races = [
+        subprocess.Popen(
+            [sys.executable, "-c", ENDED], env={**os.environ, "TMPDIR": str(home)},
+            stderr=subprocess.DEVNULL,
+        )
+        for home in homes
+    ]  # fmt: skip
+    deadline = time.monotonic() + 90
+    for ended, home, race in zip(signals, homes, races, strict=True):
+        while not any(lanes(home)) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert any(home.iterdir())
+        race.send_signal(ended)
+    assert [race.wait(60) for race in races] == [143, -signal.SIGINT]
+    assert not [thing for home in homes for thing in (*lanes(home), *home.iterdir())]
 
 
 def test_who_does_not_run_is_named_with_the_reason(monkeypatch):

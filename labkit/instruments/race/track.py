@@ -1,17 +1,21 @@
 """`labkit.race`: starts every contestant anew in a process of its own, interleaved, in rounds."""
 
+import contextlib
 import json
 import os
 import secrets
+import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import uuid
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from labkit.checks import expect, is_integer, is_number
+from labkit.engine.interrupts import held_back
 from labkit.instruments.race import group, lane
 from labkit.instruments.race.entry import CONTESTANTS, Contestant
 from labkit.instruments.race.lane import ALONE, CONSTANT, Task
@@ -23,7 +27,12 @@ from labkit.machine import usable_cores
 _SETTLE, _ADAPT, _START = 2.0, 8.0, 0.7  # seconds to warm up; to find a number; a process's start
 _IMPORTS = 8.0  # seconds that a process takes to import and to build the model, about
 _PATIENCE = 120.0  # seconds beyond what a run should take
-_NO_REPORT = {"RAY_USAGE_STATS_ENABLED": "0"}
+_RAY = {  # without a report of its use, and with time to start in
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_agent_register_timeout_ms": "120000",
+    "RAY_worker_register_timeout_seconds": "120",
+}
+_SHORT = 40  # letters of a folder in which Ray's sockets have names that the system takes
 
 
 class Heat(NamedTuple):
@@ -83,7 +92,10 @@ def race(
     """
     expect(is_integer(rounds, 1), "race: rounds must be an integer >= 1", rounds)
     expect(is_number(seconds) and seconds > 0, "race: seconds must be a number > 0", seconds)
-    with tempfile.TemporaryDirectory(prefix="labkit-race-") as folder:
+    with (
+        _ended_by_sigterm(),
+        tempfile.TemporaryDirectory(prefix="labkit-race-", ignore_cleanup_errors=True) as folder,
+    ):
         home = Path(folder)
         chosen = _rows(iterator, home) if iterator is not None else _picked(
             "rows", {row.name: row for row in all_rows(home)}, rows
@@ -107,6 +119,25 @@ def race(
         if json is not None:
             results.save(json)
         return results
+
+
+@contextlib.contextmanager
+def _ended_by_sigterm() -> Iterator[None]:
+    """SIGTERM ends the block as an exception would, where nobody else has a use for it."""
+    main = threading.current_thread() is threading.main_thread()
+    if not main or signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:
+        yield
+        return
+
+    def leave(*_: Any) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # once: what it has started is being ended
+        raise SystemExit(128 + signal.SIGTERM)
+
+    signal.signal(signal.SIGTERM, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def _rows(iterator: Any, home: Path) -> list[Row]:
@@ -188,25 +219,21 @@ def run(
             "race: the iterator and the step are sent to a process of each contestant's own, and "
             f"cannot be pickled ({error}). Open files, and make models, inside of them."
         ) from error
-    path = os.pathsep.join(part for part in sys.path if part)
-    # Ray's servers listen on all interfaces, and run code for whoever has the token.
-    token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
-    own = {**_NO_REPORT, **token, group.MARK: mark, "PYTHONPATH": path}
-    environment = {**os.environ, **own}
     command = [sys.executable, "-m", lane.__name__, str(task_file), str(result_file)]
     most = _IMPORTS + heat.settle + seconds + _PATIENCE
     with log.open("wb") as file:
-        lap = subprocess.Popen(
-            command, env=environment, stdin=subprocess.DEVNULL, stdout=file, stderr=file,
-            start_new_session=True,
-        )  # fmt: skip
         try:
+            lap = subprocess.Popen(
+                command, env=_environment(mark, home), stdin=subprocess.DEVNULL, stdout=file,
+                stderr=file, start_new_session=True,
+            )  # fmt: skip
             lap.wait(most)
             left = 2.0
         except subprocess.TimeoutExpired:
             left = 0.0
         except BaseException:
-            group.end(mark, 0.0)
+            with held_back():
+                group.end(mark, 0.0)
             raise
         try:
             stubborn = group.end(mark, left)
@@ -222,6 +249,15 @@ def run(
     if stubborn:
         found["left_running"] = stubborn
     return found
+
+
+def _environment(mark: str, home: Path) -> dict[str, str]:
+    path = os.pathsep.join(part for part in sys.path if part)
+    # Ray's servers run code for whoever has the token.
+    token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+    temporary = {"RAY_TMPDIR": str(home)} if len(str(home)) < _SHORT else {}
+    own = {group.MARK: mark, "PYTHONPATH": path}
+    return {**os.environ, **_RAY, **token, **temporary, **own}
 
 
 def _pickled(task: Task) -> bytes:
