@@ -11,7 +11,7 @@ from typing import Any
 from labkit.instruments.race.entry import contestant
 
 
-@contestant("PyTorch DataLoader", package="torch", processes=True)
+@contestant("PyTorch DataLoader", package="torch", processes=True, before=2.0)
 def dataloader(row: Any, n: int, lap: Any) -> None:
     """batch_size=None, num_workers=n, prefetch_factor=2, fork; tensors by .numpy()"""
     import torch
@@ -85,7 +85,7 @@ def spdl_processes(row: Any, n: int, lap: Any) -> None:
                 lap.step(*batch)
 
 
-@contestant("Ray Data", package="ray", processes=True)
+@contestant("Ray Data", package="ray", needs="pyarrow", processes=True, before=15.0)
 def ray_data(row: Any, n: int, lap: Any) -> None:
     """range, map_batches(batch_size=1, compute=TaskPoolStrategy(n)),
     iter_batches(prefetch_batches=2)"""
