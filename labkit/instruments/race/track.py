@@ -44,18 +44,19 @@ class Heat(NamedTuple):
     n: int
     name: str
 
-    @property
-    def settle(self) -> float:
+    def settle(self, seconds: float) -> float:
+        """Seconds to warm up in, where `seconds` are counted."""
         entry = CONTESTANTS.get(self.name)
-        if entry is None:
-            return _SETTLE
-        return _ADAPT if entry.own_number else _SETTLE + _START * self.n * entry.processes
+        if entry is None or not entry.own_number:
+            started = _START * self.n if entry is not None and entry.processes else 0.0
+            return min(_SETTLE, seconds) + started
+        return min(_ADAPT, 4 * seconds)
 
     def takes(self, seconds: float) -> float:
         """Seconds of the run as a whole, about."""
         imports = 1.5 if self.name == ALONE else _IMPORTS
         entry = CONTESTANTS.get(self.name)
-        return imports + (entry.before if entry else 0.0) + self.settle + seconds + 1.0
+        return imports + (entry.before if entry else 0.0) + self.settle(seconds) + seconds + 1.0
 
     @property
     def place(self) -> str:
@@ -231,7 +232,8 @@ def _announced(heats: list[Heat], results: Results, rounds: int, seconds: float)
     absent = [reason for reason in absent if reason.endswith("is not installed")]
     return (
         f"labkit.race: {len(results.data['rows'])} rows, {len(names)} contestants, {rounds} rounds:"
-        f" {rounds * len(heats)} runs, about {took / 60:.0f} min."
+        f" {rounds * len(heats)} runs, about "
+        + (f"{took:.0f} s." if took < 120 else f"{took / 60:.0f} min.")
         + "".join(f"\nlabkit.race: not run: {reason}." for reason in absent)
     )
 
@@ -247,7 +249,7 @@ def run(
     it has started is ended, and waited for, when this returns."""
     mark = uuid.uuid4().hex
     task_file, result_file, log = (home / f"{mark}.{end}" for end in ("task", "json", "log"))
-    task = Task(heat.name, heat.row, heat.n, step, heat.settle, seconds, steps)
+    task = Task(heat.name, heat.row, heat.n, step, heat.settle(seconds), seconds, steps)
     try:
         task_file.write_bytes(_pickled(task))
     except Exception as error:
