@@ -10,6 +10,8 @@
 
     a process:  child.main ──wire──► ProcessPool; batches by ring.py, the factory by pickling.py
 
+    copies:  memory.py, aligned as TensorFlow wants it, and warm
+
     a fixed order:  turns.py, order.py; record.py notes what came, and state.py goes on from that
 
 Workers deliver, the feeder decides. An exception, a death, a stall and the end of the data are
