@@ -1,7 +1,9 @@
 """A batch is delivered as it was when it was yielded, whatever it was made of."""
 
+import gc
 import itertools
 import sys
+import weakref
 from typing import NamedTuple
 
 import cloudpickle
@@ -9,6 +11,7 @@ import numpy as np
 import pytest
 
 from labkit import Component, QueueRunner, WorkerError
+from labkit.engine import memory
 from labkit.engine.batches import ALONE, Spec
 from labkit.engine.produce import IteratorFactory, produce
 from labkit.quiet import tf
@@ -175,6 +178,96 @@ def test_the_count_of_references_tells_one_from_two():
     (first, second) = Spec.of(batch).take(batch, alone=True)
     assert np.shares_memory(first, batch[0]) and not np.shares_memory(second, held[0])
     assert ALONE >= 1
+
+
+# -- whose memory is whose ------------------------------------------------------------------------
+
+
+def test_a_batch_is_gone_when_its_last_user_is_without_the_collector():
+    """A cycle would keep dozens of them, each in memory of its own."""
+    alive, counts = [], []
+
+    def made():
+        array = np.zeros(1000)
+        alive.append(weakref.ref(array))
+        return array
+
+    def given_away():
+        for _ in range(40):
+            yield {"a": made(), "b": (np.zeros(1000),)}
+            counts.append(sum(ref() is not None for ref in alive))
+
+    gc.disable()
+    try:
+        for _ in produce(IteratorFactory(given_away, 1), 0, 0, None, True):
+            pass
+        assert max(counts) <= 2
+        with QueueRunner(given_away, 1000, capacity=2000, shuffle=False) as runner:
+            assert sum(1 for _ in runner.dataset()) == 40
+    finally:
+        gc.enable()
+    assert len(counts) == 80 and max(counts) <= 15
+
+
+def large(rows, number, shift):
+    """An array at an address that TensorFlow takes as it lies if `shift` is 0."""
+    raw = np.empty(8 * rows * 1024 + 128, np.uint8)
+    start = -raw.ctypes.data % 64 + shift
+    array = raw[start : start + 8 * rows * 1024].view(np.int64).reshape(rows, 1024)
+    array[...] = number
+    return array
+
+
+@pytest.mark.parametrize("shift", [0, 16])
+def test_a_large_batch_that_tensorflow_would_copy_is_copied_by_its_worker(shift):
+    def given_away():
+        for number in range(3):
+            yield large(256, number, shift), np.array([number] * 256)
+
+    def addresses(aligned):
+        found = []
+        for made in produce(IteratorFactory(given_away, 1), 0, 0, None, True, aligned=aligned):
+            assert np.all(made.arrays[0] == made.number)
+            found.append(made.arrays[0].ctypes.data % 64)
+        return set(found)
+
+    assert addresses(256) == {0}
+    assert addresses(255) == {shift}  # cut or joined, it is copied then
+
+
+def test_memory_is_used_again_only_when_nobody_has_a_part_of_it():
+    rng, held, seen = np.random.default_rng(0), {}, set()
+    for number in range(200):
+        array = memory.aligned_copy(np.full((300, 1024), number))
+        assert array.ctypes.data % 64 == 0
+        seen.add(array.ctypes.data)
+        held[number] = array[::7, 3:].T if number % 2 else array
+        del array
+        if len(held) > 6:
+            del held[rng.choice(list(held))]
+        assert all(np.all(part == key) for key, part in held.items())
+    assert len(seen) <= 16
+    held.clear()
+    assert not memory._warm
+
+
+@pytest.mark.parametrize("rows", [64, 256, 300])
+def test_large_batches_that_are_kept_stay_as_they_were(workers, rows):
+    """Chunks that are a batch, a part of one, and more than one."""
+
+    def factory():
+        for number in range(24):
+            yield (large(rows, number, 16 * (number % 3)),)
+
+    options = {"shuffle": False, "capacity": 1024}
+    with QueueRunner(factory, 256, 1, workers, **options) as runner:
+        kept = [batch for (batch,) in runner.dataset()]
+    numbers = np.repeat(np.arange(24), rows)
+    assert sum(map(len, kept)) == len(numbers)
+    for begin, batch in zip(range(0, len(numbers), 256), kept, strict=True):
+        assert np.array_equal(batch[:, 0], numbers[begin : begin + 256])
+        assert np.array_equal(batch[:, -1], numbers[begin : begin + 256])
+    kept.clear()
 
 
 # -- byte order ----------------------------------------------------------------------------------

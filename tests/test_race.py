@@ -1,14 +1,18 @@
 """The race: every contestant that is installed runs, and what the table says follows from it."""
 
+import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import threading
+import time
 from functools import partial
 
 import cloudpickle
 import numpy as np
+import psutil
 import pytest
 
 import labkit
@@ -48,6 +52,7 @@ def test_each_contestant_delivers_whole_batches_and_no_sample_twice(entry, monke
         heat = track.Heat(row(None if entry.package in PEERS else Leaves()), 2, entry.name)
         found = track.run(heat, None, 1.0, tmp_path, steps=STEPS)
         left = found.pop("left_running", 0)
+        assert found.pop("took") > 0
         assert found == {"samples": STEPS * SIZE}
         assert left > 0 or entry.package in PEERS
         marks = [file.stem for file in tmp_path.glob("*.task")]
@@ -118,7 +123,7 @@ def test_ratios_are_paired_by_round_and_a_difference_within_them_is_a_tie(tmp_pa
     assert results.bound(place, "serial loop") == 40  # 5 ms and 20 ms in turn
     text = str(results)
     assert "Untuned labkit: labkit auto / tf.data map, own pool: 0.98, 0.90 to 0.99 (a tie)" in text
-    assert "| PyTorch DataLoader | not run: it is left out here |" in text
+    assert ", PyTorch DataLoader, " in text and " | not run: it is left out here |" in text
     assert "num_parallel_calls=n" in text and "tensorflow 2" in text
     results.note(place, "serial loop", 3, {"error": "it broke"})
     assert "| serial loop | failed 1 of 4: it broke |" in str(results)
@@ -129,6 +134,45 @@ def test_ratios_are_paired_by_round_and_a_difference_within_them_is_a_tie(tmp_pa
     (tmp_path / "other.json").write_text(json.dumps({"format": 1}))
     with pytest.raises(ValueError, match=r"expected a file that labkit\.race wrote"):
         Results.load(tmp_path / "other.json")
+
+
+ENDED = """
+import labkit, time
+def slow():
+    time.sleep(300)
+    yield 1
+labkit.race(slow, 0.1, contestants="serial", progress=False)
+"""
+
+
+def test_a_race_that_is_ended_leaves_no_folder_and_no_process(tmp_path):
+    def lanes(home):
+        """What runs with a race's mark, and has its temporary files there."""
+        for process in psutil.process_iter():
+            with contextlib.suppress(psutil.Error):
+                its = process.environ()
+                if group.MARK in its and its.get("TMPDIR") == str(home):
+                    yield process
+
+    signals = (signal.SIGTERM, signal.SIGINT)
+    homes = [tmp_path / str(number) for number in signals]
+    for home in homes:
+        home.mkdir()
+    races = [
+        subprocess.Popen(
+            [sys.executable, "-c", ENDED], env={**os.environ, "TMPDIR": str(home)},
+            stderr=subprocess.DEVNULL,
+        )
+        for home in homes
+    ]  # fmt: skip
+    deadline = time.monotonic() + 90
+    for ended, home, race in zip(signals, homes, races, strict=True):
+        while not any(lanes(home)) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert any(home.iterdir())
+        race.send_signal(ended)
+    assert [race.wait(60) for race in races] == [143, -signal.SIGINT]
+    assert not [thing for home in homes for thing in (*lanes(home), *home.iterdir())]
 
 
 def test_who_does_not_run_is_named_with_the_reason(monkeypatch):
@@ -149,6 +193,26 @@ def test_who_does_not_run_is_named_with_the_reason(monkeypatch):
             assert ((n, name) in run) != (name in results.data["rows"][place]["left_out"])
     said = track._announced(heats, results, 3, 1.0)
     assert f"{3 * len(heats)} runs, about" in said and "torch is not installed" in said
+
+
+def test_rows_and_contestants_are_picked_by_parts_of_their_names():
+    rows = [work.Row(name, work.Numbered(), (1, 4)) for name in ("sleep 5 ms", "sleep 50 ms")]
+    wanted = (("sleep 50", {"sleep 50 ms": (1, 4)}), ("sleep:4", {r.name: (4,) for r in rows}))
+    for parts, found in wanted:
+        assert {row.name: row.workers for row in track._rows(rows, parts)} == found
+    picked = track._picked("contestants", CONTESTANTS, ["labkit threads", "SPDL"])
+    assert [entry.name for entry in picked] == [
+        "labkit threads",
+        "SPDL threads",
+        "SPDL subprocesses",
+    ]
+    results = Results.of(1, 1.0)
+    heats = list(track._heats(rows[:1], picked[:1], "cnn", results))
+    # What the bound is made of is the same for every number of workers.
+    assert [heat.name for heat in heats] == [lane.CONSTANT, lane.ALONE, *["labkit threads"] * 2]
+    assert heats[0].places == ["sleep 5 ms, 1 worker", "sleep 5 ms, 4 workers"]
+    out = results.data["rows"]["sleep 5 ms, 1 worker"]["left_out"]
+    assert out["SPDL threads"] == out["serial loop"] == "it was not entered"
 
 
 def test_all_rounds_have_all_heats_and_begin_with_another():
@@ -189,6 +253,7 @@ def test_a_factory_of_the_users_runs_pass_after_pass(tmp_path):
 def test_wrong_use_is_met_with_a_sentence(capsys):
     for arguments, said in (
         (["--rows", "nothing"], "rows must be parts of the names sleep 50 ms, "),
+        (["--rows", "sleep 5 ms:3"], "sleep 5 ms has (4, 16) workers"),
         (["--contestants", "nobody"], "contestants must be parts of the names "),
         (["--rounds", "0"], "rounds must be an integer >= 1, got 0"),
         (["--seconds", "-1"], "seconds must be a number > 0, got -1.0"),

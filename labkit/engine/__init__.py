@@ -12,6 +12,8 @@
 
     an actor:  ray.py; of which cluster, cluster.py
 
+    copies:  memory.py, aligned as TensorFlow wants it, and warm
+
     a known order:  turns.py, order.py; record.py notes what came, and state.py goes on from that
 
     several trainers of one data set:  shares.py

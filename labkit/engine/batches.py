@@ -7,6 +7,8 @@ from typing import Any
 
 import numpy as np
 
+from labkit.engine.memory import aligned_copy, lies_well
+
 Arrays = list[np.ndarray]
 _LARGE_SAMPLE = 1 << 18
 
@@ -100,46 +102,25 @@ class Spec:
         """The batch's arrays in order. Raises BatchError where they do not fit this spec."""
         return [array for array, _ in self._pairs(batch)]
 
-    def take(self, batch: Any, alone: bool) -> Arrays:
+    def take(self, batch: Any, alone: bool, aligned: int = 0) -> Arrays:
         """The same, in memory that nobody else will write into: copied where somebody could.
 
         Args:
             alone: nothing but the caller's own variable refers to `batch`.
+            aligned: of a batch of so many samples, what TensorFlow would copy is copied here.
         """
         mine = _unshared(batch) if alone else set()
         return [
-            aligned_copy(array) if _is_others(array, leaf, mine) else array
+            aligned_copy(array)
+            if _is_others(array, leaf, mine) or (len(array) == aligned and not lies_well(array))
+            else array
             for array, leaf in self._pairs(batch)
         ]
 
     def _pairs(self, batch: Any) -> list[tuple[np.ndarray, Any]]:
         """Each component's array, and the leaf of the batch that it was made from."""
         pairs: list[tuple[np.ndarray, Any]] = []
-
-        def take(want: Any, got: Any, name: str) -> None:
-            if isinstance(want, dict):
-                if not isinstance(got, dict) or set(got) != set(want):
-                    keys = isinstance(got, dict) and f"the keys {sorted(map(str, got))}"
-                    raise BatchError(
-                        f"delivered {keys or short(got)}, expected a dict with the keys "
-                        f"{sorted(map(str, want))} as in the first batch. "
-                        "Yield the same keys every time."
-                    )
-                for key, part in want.items():
-                    take(part, got[key], _join(name, key))
-            elif isinstance(want, tuple):
-                if not isinstance(got, tuple) or len(got) != len(want):
-                    length = isinstance(got, tuple) and f"a tuple of {len(got)}"
-                    raise BatchError(
-                        f"delivered {length or short(got)}, expected a tuple of {len(want)} as in "
-                        "the first batch. Yield the same structure every time."
-                    )
-                for index, part in enumerate(want):
-                    take(part, got[index], _join(name, index))
-            else:
-                pairs.append((_check(want, got), got))
-
-        take(self.structure, batch, "")
+        _pair_up(self.structure, batch, "", pairs)
         names = (component.name for component in self.components)
         sizes = {name: len(array) for name, (array, _) in zip(names, pairs, strict=True)}
         if len(set(sizes.values())) > 1:
@@ -167,6 +148,32 @@ def _walk(node: Any, visit: Callable[[str, Any], Any], name: str = "") -> Any:
         parts = (_walk(part, visit, _join(name, i)) for i, part in enumerate(node))
         return type(node)(*parts) if hasattr(node, "_fields") else tuple(parts)
     return visit(name or "0", node)
+
+
+def _pair_up(want: Any, got: Any, name: str, pairs: list[tuple[np.ndarray, Any]]) -> None:
+    """Appends what `Spec._pairs` gives. No closure: one that calls itself is a cycle, in which the
+    arrays would outlive their batch by dozens of others."""
+    if isinstance(want, dict):
+        if not isinstance(got, dict) or set(got) != set(want):
+            keys = isinstance(got, dict) and f"the keys {sorted(map(str, got))}"
+            raise BatchError(
+                f"delivered {keys or short(got)}, expected a dict with the keys "
+                f"{sorted(map(str, want))} as in the first batch. "
+                "Yield the same keys every time."
+            )
+        for key, part in want.items():
+            _pair_up(part, got[key], _join(name, key), pairs)
+    elif isinstance(want, tuple):
+        if not isinstance(got, tuple) or len(got) != len(want):
+            length = isinstance(got, tuple) and f"a tuple of {len(got)}"
+            raise BatchError(
+                f"delivered {length or short(got)}, expected a tuple of {len(want)} as in "
+                "the first batch. Yield the same structure every time."
+            )
+        for index, part in enumerate(want):
+            _pair_up(part, got[index], _join(name, index), pairs)
+    else:
+        pairs.append((_check(want, got), got))
 
 
 def _join(name: str, key: object) -> str:
@@ -290,25 +297,16 @@ def _unshared(batch: Any) -> set[int]:
     Owning its memory proves nothing of an array: `x[0] = k; yield (x,)` owns it, and writes there
     again.
     """
+    if not isinstance(batch, dict | tuple):
+        return {id(batch)} if _is_all_of_it(batch) else set()
     found: set[int] = set()
-
-    def look_into(parts: Iterable[Any]) -> None:
-        for part in parts:
-            if sys.getrefcount(part) > ALONE + 1:  # the container's, and that of `part`
-                continue
-            if isinstance(part, dict):
-                look_into(part.values())
-            elif isinstance(part, tuple):
-                look_into(part)
-            elif _is_all_of_it(part):
-                found.add(id(part))
-
-    if isinstance(batch, dict):
-        look_into(batch.values())
-    elif isinstance(batch, tuple):
-        look_into(batch)
-    elif _is_all_of_it(batch):
-        found.add(id(batch))
+    for part in batch.values() if isinstance(batch, dict) else batch:
+        if sys.getrefcount(part) > ALONE + 1:  # the container's, and that of `part`
+            continue
+        if isinstance(part, dict | tuple):
+            found |= _unshared(part)
+        elif _is_all_of_it(part):
+            found.add(id(part))
     return found
 
 
@@ -326,14 +324,3 @@ def _is_others(array: np.ndarray, leaf: Any, mine: set[int]) -> bool:
     if isinstance(leaf, list) or id(leaf) in mine:
         return False
     return not isinstance(leaf, np.ndarray) or np.may_share_memory(array, leaf)
-
-
-def aligned_copy(array: np.ndarray) -> np.ndarray:
-    """A copy that TensorFlow takes as it lies: it would copy once more what is not aligned."""
-    if array.dtype.hasobject:
-        return array.copy()
-    memory = np.empty(array.nbytes + 64, np.uint8)
-    start = -memory.ctypes.data % 64
-    copy = memory[start : start + array.nbytes].view(array.dtype).reshape(array.shape)
-    copy[...] = array
-    return copy

@@ -20,7 +20,7 @@ from labkit.engine.auto import Scaler
 from labkit.engine.batches import Spec, joined
 from labkit.engine.heard import Heard
 from labkit.engine.interrupts import ear
-from labkit.engine.messages import Chunk, Ended, Lost, Skipped, WorkerError
+from labkit.engine.messages import Chunk, Ended, Lost, Message, Skipped, WorkerError
 from labkit.engine.pool import Pool
 from labkit.engine.shares import EvenQueue, Share
 from labkit.engine.turns import Order, Turns
@@ -238,15 +238,18 @@ class Feeder:
                 self._finish(queue)
                 queue.close(cancel=False)
                 return
-            message = (self._turns or self.pool).get(_TICK)
+            self._hear((self._turns or self.pool).get(_TICK), queue)
             interrupt.check(self.samples)
-            if isinstance(message, Chunk):
-                self._put(queue, message)
-            elif isinstance(message, Skipped):
-                self._leave_out(message)
-            elif message is not None:
-                self._note_end(message)
-                self.pool.set_active(self._wanted())
+
+    def _hear(self, message: Message | None, queue: Queue) -> None:
+        """Not in the loop, where a variable would keep a batch until the next one has come."""
+        if isinstance(message, Chunk):
+            self._put(queue, message)
+        elif isinstance(message, Skipped):
+            self._leave_out(message)
+        elif message is not None:
+            self._note_end(message)
+            self.pool.set_active(self._wanted())
 
     def _take_turns(self, epoch: int) -> None:
         if self._turns is not None:

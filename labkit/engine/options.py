@@ -177,18 +177,20 @@ class Options:
         kind = KINDS[self.workers]
         auto, shard = n_workers == "auto", self.shard or (0, 1)
         limit = (self.max_workers or kind.limit()) if auto else 1
+        # Batches lie in the queue as they are delivered, unless they are mixed on the way.
+        keeps = not (self._queue_mixes or self._mixed)
         job = Job(
             IteratorFactory(self.iterator, limit if auto else int(n_workers), self.entropy, shard),
             spec or self.spec,
             self.timeout,
             self.capacity + 2 * self.batch_size,
             self.reuses_buffers,
-            # Batches lie in the queue as they are delivered, unless they are mixed on the way.
-            not (self._queue_mixes or self._mixed),
+            keeps,
             epoch,
             skip=self.on_error == "skip",
             restarts=self.max_restarts if self.on_error == "restart" else 0,
             options=self.worker_options,
+            aligned=self.batch_size if keeps else 0,
         )
         order = self._order(resumed)
         begun = resumed is not None and resumed.epoch == epoch and resumed.mixed.begins

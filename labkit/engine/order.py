@@ -3,12 +3,13 @@
 pool ──messages──► Turns: a batch, and another one, ... ──► Reservoir ──► Cutter ──► queue
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
 from labkit.engine.batches import joined
+from labkit.engine.memory import aligned_empty
 
 
 class Reservoir:
@@ -129,7 +130,7 @@ class Cutter:
     def cut(self, arrays: list[Any]) -> Iterator[list[np.ndarray]]:
         """The batches that `arrays` complete; may keep them, but for views of them."""
         if not isinstance(arrays[0], np.ndarray):
-            arrays = [np.stack(samples) for samples in arrays]
+            arrays = [_stacked(samples) for samples in arrays]
         begin = 0
         while (end := begin + self._size - self._count) <= len(arrays[0]):
             piece = arrays if end - begin == len(arrays[0]) else [a[begin:end] for a in arrays]
@@ -145,7 +146,22 @@ class Cutter:
 
     def _joined(self, *more: list[np.ndarray]) -> list[np.ndarray]:
         parts, self._rest, self._count = [*self._rest, *more], [], 0
-        return joined(parts)
+        if len(parts) == 1:
+            return parts[0]
+        return [_joined(pieces) for pieces in zip(*parts, strict=True)]
+
+
+def _joined(pieces: Sequence[np.ndarray]) -> np.ndarray:
+    first = pieces[0]
+    if any(piece.dtype != first.dtype or piece.dtype.hasobject for piece in pieces):
+        return np.concatenate(pieces)
+    shape = (sum(map(len, pieces)), *first.shape[1:])
+    return np.concatenate(pieces, out=aligned_empty(shape, first.dtype))
+
+
+def _stacked(samples: Sequence[np.ndarray]) -> np.ndarray:
+    first = samples[0]
+    return np.stack(samples, out=aligned_empty((len(samples), *first.shape), first.dtype))
 
 
 def _objects(samples: tuple[np.ndarray, ...]) -> np.ndarray:

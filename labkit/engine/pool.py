@@ -56,6 +56,7 @@ class Job:
         skip: a batch that fails is to be left out; of a kind that cannot do that, it is a loss.
         restarts: how often a worker that was lost is started again.
         options: of the workers, for a kind that has any.
+        aligned: samples of a chunk that goes to TensorFlow as it lies; 0 if none does.
     """
 
     factory: IteratorFactory
@@ -69,6 +70,7 @@ class Job:
     skip: bool = False
     restarts: int = 0
     options: dict[str, Any] | None = None
+    aligned: int = 0
 
 
 class Pool(ABC):

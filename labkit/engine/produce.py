@@ -287,6 +287,7 @@ def produce(
     copies: bool,
     skip: bool = False,
     begin: int = 0,
+    aligned: int = 0,
 ) -> Iterator[Made | LeftOut]:
     """The batches of one pass, each as it was when it was yielded.
 
@@ -295,6 +296,7 @@ def produce(
             could write into again is copied.
         skip: a `LeftOut` comes in place of a batch that fails, if others can come after it.
         begin: the number of the first batch that is wanted.
+        aligned: see `Spec.take`.
     """
     walk = _Walk(factory, worker, epoch, skip, begin)
     empty = 0
@@ -306,8 +308,9 @@ def produce(
         try:
             if left_out is None:
                 spec = spec or Spec.of(batch)
-                arrays = spec.take(batch, alone) if copies else spec.flatten(batch)
+                arrays = spec.take(batch, alone, aligned) if copies else spec.flatten(batch)
                 empty = 0 if len(arrays[0]) else empty + 1
+                batch = None  # whose memory is warm for the next one, if `arrays` are copies
         except BatchError as error:
             error.add_note(_yielded_at(walk.iterator) or factory.where())
             if not skip:
@@ -319,6 +322,7 @@ def produce(
         if left_out is None:
             assert spec is not None
             yield Made(spec, arrays, seconds, times, walk.done - 1)
+            del arrays
         else:
             yield left_out._replace(number=walk.done - 1)
         began = time.perf_counter()

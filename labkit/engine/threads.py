@@ -75,13 +75,14 @@ class ThreadPool(Pool):
         job, life, first = self.job, seat.life, seat.first
         try:
             while (epoch := seat.epoch) is not None:
-                given = self.spec, job.copies, job.skip, first
-                for made in produce(self.factory, worker, epoch, *given):
+                how = job.copies, job.skip, first, job.aligned
+                for made in produce(self.factory, worker, epoch, self.spec, *how):
                     if not isinstance(made, LeftOut):
                         self.spec = self.spec or made.spec
                     if not seat.take_slot(epoch):
                         break
                     self._messages.put(_message(worker, epoch, made, life))
+                    del made
                 else:
                     self._messages.put(Ended(worker, epoch, life))
                     seat.await_pass_after(epoch)

@@ -23,8 +23,12 @@ def _parser() -> Parser:
     add("factory", metavar="MODULE:FACTORY", nargs="?", help=what)
     step = "a training step, a compiled Keras model, or the seconds of a step (default: the CNN)"
     add("--model", metavar="MODULE:STEP", help=step)
-    add("--rows", metavar="NAMES", help="only rows with one of these in their names; by commas")
-    add("--contestants", metavar="NAMES", help="only contestants with one of these; by commas")
+    add(
+        "--rows",
+        metavar="NAMES",
+        help="only rows with one of these in their names, as JPEG,sleep 50:4",
+    )
+    add("--contestants", metavar="NAMES", help="only those with one of these; by commas")
     add("--rounds", metavar="COUNT", type=int, default=3, help="default: %(default)s")
     counted = "counted in each run (default: %(default)s)"
     add("--seconds", metavar="SECONDS", type=float, default=3.0, help=counted)

@@ -21,21 +21,25 @@ class Contestant:
         run: its source, with no help from labkit's other code, is what a user would write. Its
             docstring tells the settings.
         package: whose version counts; "" for labkit's and Python's own.
+        needs: a package that it takes beside that one.
         processes: its workers are processes.
         alone: it has no workers.
         own_number: it chooses their number itself.
         in_fit: Keras's fit takes the steps.
         graph: it builds the model into a graph of its own.
+        before: seconds until its first batch, about, beyond those of a loop.
     """
 
     name: str
     run: Callable[..., None]
     package: str = ""
+    needs: str = ""
     processes: bool = False
     alone: bool = False
     own_number: bool = False
     in_fit: bool = False
     graph: bool = False
+    before: float = 0.0
 
     @property
     def setting(self) -> str:
@@ -57,8 +61,8 @@ class Contestant:
 
     def missing(self) -> str:
         """Why it cannot run on this machine; "" if it can."""
-        absent = self.package and find_spec(self.package) is None
-        return f"{self.package} is not installed" if absent else ""
+        absent = [name for name in (self.package, self.needs) if name and find_spec(name) is None]
+        return f"{absent[0]} is not installed" if absent else ""
 
     def left_out(self, row: Any, n: int, cores: int, step: str) -> str:
         """Why it does not run in this row; "" if it does. `step`: "cnn", "keras", or another."""

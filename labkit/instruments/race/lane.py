@@ -66,6 +66,7 @@ class Lap:
         self.memory: list[int] = []
         self.result: dict[str, Any] = {}
         self._draining, self._members = False, group.own_members()
+        self._drain = min(_DRAIN, task.seconds)
         self._start: tuple[float, int, float] | None = None
 
     def step(self, *batch: Any) -> None:
@@ -86,7 +87,7 @@ class Lap:
                 self._finish(now)
         elif self.steps == 1:
             self._look(now)
-        elif now - self.since >= (_DRAIN if self._draining else self.task.settle):
+        elif now - self.since >= (self._drain if self._draining else self.task.settle):
             if not self._draining:
                 self._look(now)
                 self._draining = True
@@ -137,7 +138,9 @@ def drive(task: Task) -> Lap:
             lap.keras = _in_keras(lap)
     if contestant is not None and contestant.package:
         import_module(contestant.package)
-    ready = None if task.contestant != CONSTANT else _tensors(task.row.make(0))
+    ready = None if task.contestant != CONSTANT else task.row.make(0)
+    if ready is not None and not isinstance(task.step, int | float):
+        ready = _tensors(ready)
     lap.began = time.perf_counter()
     try:
         if ready is not None:
@@ -161,11 +164,10 @@ def _tensors(batch: Any) -> Any:
 
 def _prepared(task: Task, graph: bool) -> Lap:
     """A lap with the step, which has been taken once, so that tracing it counts for nobody."""
-    from labkit.quiet import tf
-
     batch = task.row.make(0)
     if task.step is not None:
         return _with_step(task, batch, task.step)
+    from labkit.quiet import tf
 
     def model(images: Any, *others: Any) -> Any:
         if not task.row.trains:

@@ -58,7 +58,7 @@ def fixed(row: Any, n: int, lap: Any) -> None:
             lap.step(*batch)
 
 
-@contestant("labkit auto", own_number=True)
+@contestant("labkit auto", own_number=True, before=5.0)
 def auto(row: Any, n: int, lap: Any) -> None:
     """n_workers="auto", workers="auto"; samples are mixed where the row says so"""
     import labkit
@@ -68,7 +68,7 @@ def auto(row: Any, n: int, lap: Any) -> None:
             lap.step(*batch)
 
 
-@contestant("labkit as diagnosed", own_number=True)
+@contestant("labkit as diagnosed", own_number=True, before=20.0)
 def diagnosed(row: Any, n: int, lap: Any) -> None:
     """diagnose(factory, step), about 10 s, and then its runner"""
     import labkit

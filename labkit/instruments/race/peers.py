@@ -11,7 +11,7 @@ from typing import Any
 from labkit.instruments.race.entry import contestant
 
 
-@contestant("PyTorch DataLoader", package="torch", processes=True)
+@contestant("PyTorch DataLoader", package="torch", processes=True, before=2.0)
 def dataloader(row: Any, n: int, lap: Any) -> None:
     """batch_size=None, num_workers=n, prefetch_factor=2, fork; tensors by .numpy()"""
     import torch
@@ -85,17 +85,21 @@ def spdl_processes(row: Any, n: int, lap: Any) -> None:
                 lap.step(*batch)
 
 
-@contestant("Ray Data", package="ray", processes=True)
+@contestant("Ray Data", package="ray", needs="pyarrow", processes=True, before=15.0)
 def ray_data(row: Any, n: int, lap: Any) -> None:
-    """range, map_batches(batch_size=1, concurrency=n), iter_batches(prefetch_batches=2)"""
+    """range, map_batches(batch_size=1, compute=TaskPoolStrategy(n)),
+    iter_batches(prefetch_batches=2)"""
     import ray
 
     def make(numbers: Any) -> Any:
         return {str(i): part for i, part in enumerate(row.make(int(numbers["id"][0])))}
 
-    ray.init(num_cpus=n + 1, include_dashboard=False, log_to_driver=False)
+    ray.init(
+        "local", num_cpus=n + 1, include_dashboard=False, log_to_driver=False,
+        _node_ip_address="127.0.0.1",
+    )  # fmt: skip
     ray.data.DataContext.get_current().enable_progress_bars = False
     data = ray.data.range(lap.most, override_num_blocks=lap.most // 100)
-    data = data.map_batches(make, batch_size=1, concurrency=n)
+    data = data.map_batches(make, batch_size=1, compute=ray.data.TaskPoolStrategy(n))
     for batch in data.iter_batches(batch_size=row.batch_size, prefetch_batches=2):
         lap.step(*batch.values())

@@ -151,7 +151,9 @@ class Results:
             errors = [run["error"] for run in runs if "error" in run]
             if errors:
                 lines.append(f"| {name} | failed {len(errors)} of {len(runs)}: {errors[0]} |||||||")
-        lines += [f"| {name} | not run: {why} ||||||||" for name, why in row["left_out"].items()]
+        for why in dict.fromkeys(row["left_out"].values()):
+            names = ", ".join(name for name, its in row["left_out"].items() if its == why)
+            lines.append(f"| {names} | not run: {why} ||||||||")
         ready = self.column(place, CONSTANT, "steps_per_second")
         lines += ["", f"Ready batches over and over: {ready:.4g} steps/s." if ready else ""]
         untuned = self.untuned(place)
