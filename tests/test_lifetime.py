@@ -169,29 +169,7 @@ def test_the_queue_of_a_pass_costs_no_memory(seed, request):
 # -- programs ------------------------------------------------------------------------------------
 
 
-def test_a_program_that_never_stops_its_runners_ends_quietly(tmp_path):
-    done = run_program(
-        """
-        import numpy as np
-        from labkit import QueueRunner
-
-        def endless(worker):
-            while True:
-                yield (np.full(8, worker),)
-
-        kept = []
-        for workers in ("process", "thread"):
-            runner = QueueRunner(endless, 8, 2, workers, capacity=64, min_after_dequeue=8)
-            next(iter(runner.dataset()))
-            kept.append(runner)
-        print("done")
-        """,
-        tmp_path,
-    )
-    assert done.returncode == 0 and done.stdout == "done\n" and done.stderr == ""
-
-
-def test_what_a_worker_process_prints_appears_when_it_is_printed(tmp_path):
+def test_a_program_that_never_stops_its_runners_ends_quietly_and_workers_print_at_once(tmp_path):
     done = run_program(
         """
         import time
@@ -210,13 +188,25 @@ def test_what_a_worker_process_prints_appears_when_it_is_printed(tmp_path):
                 for _ in runner.dataset():
                     print("a batch", flush=True)
         except RuntimeError:
-            print("stalled")
+            print("stalled", flush=True)
+
+        def endless(worker):
+            while True:
+                yield (np.full(8, worker),)
+
+        kept = []
+        for workers in ("process", "thread"):
+            runner = QueueRunner(endless, 8, 2, workers, capacity=64, min_after_dequeue=8)
+            next(iter(runner.dataset()))
+            kept.append(runner)
+        print("done")
         """,
         tmp_path,
     )
+    assert done.returncode == 0 and done.stderr == ""
     lines = done.stdout.splitlines()
-    assert sorted(lines) == ["a batch", "first", "second", "stalled"]
-    assert lines[-1] == "stalled" and lines[0] == "first"
+    assert sorted(lines) == ["a batch", "done", "first", "second", "stalled"]
+    assert lines[-2:] == ["stalled", "done"] and lines[0] == "first"
 
 
 # -- processes and their own children ------------------------------------------------------------
