@@ -182,7 +182,8 @@ def test_a_program_that_never_stops_its_runners_ends_quietly_and_workers_print_a
             print("second")
             time.sleep(3600)
 
-        runner = QueueRunner(prints, 8, 1, "process", capacity=64, min_after_dequeue=0, timeout=1)
+        small = {"capacity": 64, "min_after_dequeue": 0}
+        runner = QueueRunner(prints, 8, 1, "process", timeout=3, **small)  # a start counts
         try:
             with runner:
                 for _ in runner.dataset():
