@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-_FIRST_FAILURES = pytest.StashKey[dict]()
+_FIRST_FAILURE = "first failure"
 _COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 
 
@@ -15,8 +15,8 @@ def pytest_runtest_call(item):
     except Exception as error:
         if not getattr(item, "nbmake", False):
             raise
-        # While pytest captures, nothing shows: it is said in the summary.
-        item.config.stash.setdefault(_FIRST_FAILURES, {})[item.name] = _in_one_line(error)
+        # While pytest captures, nothing shows: it is said in the summary, also of `-n 2`.
+        item.user_properties.append((_FIRST_FAILURE, (item.name, _in_one_line(error))))
     return item.runtest()
 
 
@@ -31,7 +31,9 @@ def _in_one_line(error):
 
 
 def pytest_terminal_summary(terminalreporter):
-    for name, failure in terminalreporter.config.stash.get(_FIRST_FAILURES, {}).items():
+    reports = [report for many in terminalreporter.stats.values() for report in many]
+    properties = [p for r in reports if getattr(r, "when", "") == "call" for p in r.user_properties]
+    for name, failure in (text for key, text in properties if key == _FIRST_FAILURE):
         terminalreporter.write_sep("!", f"RUN TWICE: {name}", yellow=True, bold=True)
         terminalreporter.write_line(f"{name} failed and was run once more. It had failed with:")
         terminalreporter.write_line(failure, yellow=True)

@@ -21,22 +21,36 @@ def _labkit_threads() -> set[threading.Thread]:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config, log):
-    """Of tests run two at a time (`-n 2`), those of a file stay together, in one process."""
+    """Of tests run several at a time (`-n 2`), those of a file stay together, in one process."""
     from xdist.scheduler import LoadFileScheduling
 
     config.option.loadscopereorder = False
     return LoadFileScheduling(config, log)
 
 
-def pytest_collection_modifyitems(items):
-    """The notebooks first, which take longest: the other process has the rest meanwhile.
+_LONGEST = (
+    "notebooks/",
+    "test_notebooks",
+    "test_faults",
+    "test_lifetime",
+    "test_train",
+    "test_passes",
+    "test_watch",
+    "test_race",
+    "test_kinds",
+    "test_diagnosis",
+)
 
-    Diagnosis last: after all of it something, not found yet, keeps the iterator of an error in
-    test_faults and test_lifetime, which they count as left behind. Alone, or after any part of its
-    tests, none is kept.
+
+def pytest_collection_modifyitems(items):
+    """What takes longest first, and at the end what is short: no process then waits for another.
+
+    Diagnosis behind test_faults and test_lifetime: after all of it something, not found yet, keeps
+    the iterator of an error in those, which they count as left behind. Alone, or after any part of
+    its tests, none is kept.
     """
-    late = {"test_notebooks": -1, "test_diagnosis": 1}
-    items.sort(key=lambda item: next((late[name] for name in late if name in item.nodeid), 0))
+    place = {name: at for at, name in enumerate(_LONGEST)}
+    items.sort(key=lambda item: min((place[n] for n in place if n in item.nodeid), default=99))
 
 
 def pytest_collection_finish():

@@ -27,8 +27,8 @@ def folder(tmp_path):
     return tmp_path
 
 
-def run(folder):
-    command = [sys.executable, "-m", "pytest", "--nbmake", "."]
+def run(folder, *options):
+    command = [sys.executable, "-m", "pytest", "--nbmake", *options, "."]
     # So that what is left behind in the folder is the plugin's doing.
     environment = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1"}
     return subprocess.run(
@@ -58,7 +58,7 @@ def test_a_notebook_that_fails_twice_fails_and_a_test_that_fails_runs_once(folde
     notebook(folder, "wrong", "raise ValueError(f'failure {len(runs.read_text())}')")
     body = count("ordinary") + "def test_ordinary():\n    assert len(runs.read_text()) == 2\n"
     (folder / "test_ordinary.py").write_text(body)
-    done = run(folder)
+    done = run(folder, "-n", "1")  # the summary is told by another process then
     assert done.returncode == 1 and "2 failed" in done.stdout, done.stdout
     assert (folder / "wrong_runs").read_text() == "xx"
     assert (folder / "ordinary_runs").read_text() == "x"

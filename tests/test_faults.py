@@ -1,6 +1,7 @@
 """Every fault: a message in seconds, nothing left behind, and the next run works.
 
-Each test runs LABKIT_REPEATS times (2 unless set). The 100 repeats are one command,
+Each runs with one of the two consumers, and under `-m slow` with the other; with both in turn
+LABKIT_REPEATS times, if that is set. The 100 repeats are one command,
 `python -m tests.soak --faults`, which writes figures/faults_100.json.
 
 The iterators are nested functions, so that they travel to worker processes by value: a worker
@@ -21,6 +22,7 @@ import sys
 import threading
 import time
 import warnings
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -33,14 +35,15 @@ from labkit.quiet import tf
 from tests.consumers import IN_SECONDS, in_dataset, in_graph
 
 v1 = tf.compat.v1
-REPEATS = int(os.environ.get("LABKIT_REPEATS", "2"))
+REPEATS = os.environ.get("LABKIT_REPEATS")
 SMALL = {"capacity": 64, "min_after_dequeue": 8}
 SPEC = (Component("index", (), np.int64), Component("pair", (2,), np.float32))
 _HANGS_AFTER = 100.0
 
 
 def pytest_generate_tests(metafunc):
-    metafunc.parametrize("repeat", range(REPEATS))
+    once_each = [0, pytest.param(1, marks=pytest.mark.slow)]
+    metafunc.parametrize("repeat", range(int(REPEATS)) if REPEATS else once_each)
 
 
 @pytest.fixture(params=["thread", "process"])
@@ -49,9 +52,10 @@ def workers(request):
 
 
 @pytest.fixture
-def consume(repeat):
-    """In turn: a session's loop, and a loop over dataset()."""
-    return (in_graph, in_dataset)[repeat % 2]
+def consume(request, repeat):
+    """In turn: a session's loop, and a loop over dataset(). The test's name draws who is first."""
+    name = request.node.name.replace(f"[{repeat}", "[")
+    return (in_graph, in_dataset)[(zlib.crc32(name.encode()) + repeat) % 2]
 
 
 def endless(pause=0.0):
@@ -262,7 +266,8 @@ def test_a_worker_that_is_killed_is_named_with_its_signal(consume, repeat, tmp_p
     assert "worker 1 was killed by signal 9 (SIGKILL)" in str(error)
 
 
-def test_a_worker_that_is_killed_from_outside_while_it_waits(repeat):
+@pytest.mark.parametrize("stands_still", [0.0, 0.1])
+def test_a_worker_that_is_killed_from_outside_while_it_waits(stands_still, repeat):
     """For the full queue and for the empty one: the consumer stands still, or waits for data."""
 
     runner, others = QueueRunner(endless(), 8, 2, "process", **SMALL), psutil.Process().children()
@@ -271,7 +276,7 @@ def test_a_worker_that_is_killed_from_outside_while_it_waits(repeat):
             inputs = runner.get_inputs()
             with v1.Session() as sess, runner.start(sess):
                 sess.run(inputs)
-                time.sleep(0.1 * (repeat % 2))
+                time.sleep(stands_still)
                 mine = [c for c in psutil.Process().children() if c not in others]
                 random.choice(mine).kill()
                 began = time.monotonic()

@@ -4,10 +4,12 @@ Its workers have no thread of their own: they run in the feeder's, one batch at 
 """
 
 import os
+import sys
 import threading
 import time
 import warnings
 
+import cloudpickle
 import numpy as np
 import pytest
 
@@ -21,6 +23,8 @@ from labkit.quiet import tf
 from tests.consumers import in_dataset
 
 SMALL = {"capacity": 64, "min_after_dequeue": 8}
+# A worker process that had to import this file would import TensorFlow with it.
+cloudpickle.register_pickle_by_value(sys.modules[__name__])
 
 
 class InlinePool(Pool):

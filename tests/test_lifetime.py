@@ -169,11 +169,27 @@ def test_the_queue_of_a_pass_costs_no_memory(seed, request):
 # -- programs ------------------------------------------------------------------------------------
 
 
-def test_a_program_that_never_stops_its_runners_ends_quietly(tmp_path):
+def test_a_program_that_never_stops_its_runners_ends_quietly_and_workers_print_at_once(tmp_path):
     done = run_program(
         """
+        import time
         import numpy as np
         from labkit import QueueRunner
+
+        def prints():
+            print("first", flush=False)
+            yield (np.zeros(8),)
+            print("second")
+            time.sleep(3600)
+
+        small = {"capacity": 64, "min_after_dequeue": 0}
+        runner = QueueRunner(prints, 8, 1, "process", timeout=3, **small)  # a start counts
+        try:
+            with runner:
+                for _ in runner.dataset():
+                    print("a batch", flush=True)
+        except RuntimeError:
+            print("stalled", flush=True)
 
         def endless(worker):
             while True:
@@ -188,35 +204,10 @@ def test_a_program_that_never_stops_its_runners_ends_quietly(tmp_path):
         """,
         tmp_path,
     )
-    assert done.returncode == 0 and done.stdout == "done\n" and done.stderr == ""
-
-
-def test_what_a_worker_process_prints_appears_when_it_is_printed(tmp_path):
-    done = run_program(
-        """
-        import time
-        import numpy as np
-        from labkit import QueueRunner
-
-        def prints():
-            print("first", flush=False)
-            yield (np.zeros(8),)
-            print("second")
-            time.sleep(3600)
-
-        runner = QueueRunner(prints, 8, 1, "process", capacity=64, min_after_dequeue=0, timeout=1)
-        try:
-            with runner:
-                for _ in runner.dataset():
-                    print("a batch", flush=True)
-        except RuntimeError:
-            print("stalled")
-        """,
-        tmp_path,
-    )
+    assert done.returncode == 0 and done.stderr == ""
     lines = done.stdout.splitlines()
-    assert sorted(lines) == ["a batch", "first", "second", "stalled"]
-    assert lines[-1] == "stalled" and lines[0] == "first"
+    assert sorted(lines) == ["a batch", "done", "first", "second", "stalled"]
+    assert lines[-2:] == ["stalled", "done"] and lines[0] == "first"
 
 
 # -- processes and their own children ------------------------------------------------------------

@@ -134,8 +134,8 @@ def test_a_notebook_that_is_opened_and_saved_stays_as_it_was(name):
     assert not timed, "make it again as CONTRIBUTING.md says"
 
 
-# One of each kind in every run: a graph, faults and processes, Keras.
-OFTEN = ("02_threaded_queue", "06_when_things_break", "07_your_own_data")
+# In every run: graphs, faults and processes; Keras. nbmake runs them all once.
+OFTEN = ("06_when_things_break", "07_your_own_data")
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from labkit.engine import ring
 from labkit.engine.processes import ProcessPool
 from labkit.quiet import tf
 from labkit.workloads import busy_python
-from tests.consumers import in_dataset
+from tests.consumers import in_dataset, in_graph
 from tests.programs import run_program
 
 SMALL = {"capacity": 64, "min_after_dequeue": 0}
@@ -189,8 +189,17 @@ def test_text_and_dicts_travel():
     assert found == {"a": 1, "bb": 2, "ccc": 3}
 
 
-@pytest.mark.parametrize("lent", ["all", "few", "none"])
-@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize(
+    ("consume", "workers", "lent"),
+    [
+        (in_dataset, 1, "all"),
+        (in_graph, 2, "all"),
+        (in_graph, 1, "few"),
+        (in_dataset, 2, "few"),
+        (in_graph, 1, "none"),
+        (in_dataset, 2, "none"),
+    ],
+)
 def test_large_samples_arrive_once_and_whole(consume, monkeypatch, workers, lent):
     """They stay in shared memory until they are dequeued; none may be overwritten before."""
     sample = (4, 128, 128)
