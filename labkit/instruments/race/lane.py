@@ -66,7 +66,6 @@ class Lap:
         self.memory: list[int] = []
         self.result: dict[str, Any] = {}
         self._draining, self._members = False, group.own_members()
-        self._drain = min(_DRAIN, task.seconds)
         self._start: tuple[float, int, float] | None = None
 
     def step(self, *batch: Any) -> None:
@@ -87,13 +86,16 @@ class Lap:
                 self._finish(now)
         elif self.steps == 1:
             self._look(now)
-        elif now - self.since >= (self._drain if self._draining else self.task.settle):
+        elif now - self.since >= self._pause():
             if not self._draining:
                 self._look(now)
                 self._draining = True
             else:
                 cpu = group.cpu_of(self._members)
                 self._start = (time.perf_counter(), self.steps, cpu)
+
+    def _pause(self) -> float:
+        return min(_DRAIN, self.task.seconds) if self._draining else self.task.settle
 
     def _look(self, now: float) -> None:
         self._members = group.own_members()
