@@ -162,7 +162,7 @@ class FitWatch(tf.keras.callbacks.Callback):
 
     def _iterations(self) -> int:
         optimizer = getattr(self.model, "optimizer", None)
-        return 0 if optimizer is None else int(optimizer.iterations)
+        return 0 if optimizer is None else int(tf.convert_to_tensor(optimizer.iterations))
 
     def _calls_left(self) -> float:
         steps = self.params.get("steps")
