@@ -115,10 +115,7 @@ class Feeder:
         return self.pool.spec
 
     def feed(self, queue: Queue, epoch: int) -> None:
-        """Fills `queue` with the pass `epoch` and closes it; an endless iterator fills it for ever.
-
-        The pass before is given up, if it still runs.
-        """
+        """Gives up the pass before, and fills `queue` with the pass `epoch`, which it then closes."""
         if self.terms.share is not None:
             given = self.terms.order.used(epoch) if self.terms.order else 0
             queue = EvenQueue(queue, self.terms.share, self.heard, given)
