@@ -115,7 +115,7 @@ class Feeder:
         return self.pool.spec
 
     def feed(self, queue: Queue, epoch: int) -> None:
-        """Gives up the pass before, and fills `queue` with the pass `epoch`, which it then closes."""
+        """Gives up the pass before; fills `queue` with the pass `epoch`, and then closes it."""
         if self.terms.share is not None:
             given = self.terms.order.used(epoch) if self.terms.order else 0
             queue = EvenQueue(queue, self.terms.share, self.heard, given)
