@@ -69,11 +69,6 @@ class Terms:
     share: Share | None = None
     max_skipped: int | None = None
 
-    @property
-    def mixed(self) -> int:
-        """Samples that stay behind for mixing by the feeder itself."""
-        return 0 if self.order is None else self.order.mixed
-
 
 class Feeder:
     """Owns a pool for its whole life, and knows what there is to know of the run.
@@ -284,7 +279,7 @@ class Feeder:
         where samples are queued one by one."""
         chunks = [first]
         small = sum(getattr(part, "nbytes", _SMALL_BYTES) for part in first.arrays) < _SMALL_BYTES
-        small &= not (self.pool.job.keeps or self.terms.mixed)
+        small &= not (self.pool.job.keeps or self._turns)
         source = self._turns or self.pool
         while small and len(chunks) < _TOGETHER:
             message = source.get(0)
