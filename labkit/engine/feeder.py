@@ -279,7 +279,7 @@ class Feeder:
         where samples are queued one by one."""
         chunks = [first]
         small = sum(getattr(part, "nbytes", _SMALL_BYTES) for part in first.arrays) < _SMALL_BYTES
-        small &= not (self.pool.job.keeps or self._turns)
+        small &= not self.pool.job.keeps and self._turns is None
         source = self._turns or self.pool
         while small and len(chunks) < _TOGETHER:
             message = source.get(0)
