@@ -55,8 +55,8 @@ class Sight:
         if feeder is None or not feeder.alive:
             return math.nan
         terms = feeder.terms
-        least = terms.least - terms.batch_size
-        self.limits = least + terms.mixed, terms.capacity + terms.mixed
+        mixed = terms.order.mixed if terms.order else 0  # outside the queue
+        self.limits = terms.least - terms.batch_size + mixed, terms.capacity + mixed
         return feeder.depth()
 
     def __enter__(self) -> Self:
