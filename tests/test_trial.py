@@ -91,7 +91,7 @@ def test_each_sample_comes_once_whatever_was_found(monkeypatch, capsys, kind):
         assert runner.workers == kind
     said = capsys.readouterr().out
     assert said.count("workers='auto'") == 1 and f"workers='auto': {kind}" in said
-    with pytest.raises(ValueError, match="'thread' or 'process' or 'auto', got 'any'"):
+    with pytest.raises(ValueError, match="'thread' or 'process' or 'ray' or 'auto', got 'any'"):
         QueueRunner(factory, workers="any")
 
 
