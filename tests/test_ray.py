@@ -189,6 +189,7 @@ def two_nodes(request):
     both.shutdown()
 
 
+@pytest.mark.slow  # a cluster of its own, a minute and a half
 def test_a_killed_node_raises_or_its_share_is_made_elsewhere(two_nodes):
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
