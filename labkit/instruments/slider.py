@@ -94,5 +94,5 @@ class Law:
 
             slider.observe(moved, "value")
             sliders.append(slider)
-        three = widgets.Layout(grid_template_columns="repeat(3, 33%)")
+        three = widgets.Layout(grid_template_columns="repeat(3, 32%)")
         return widgets.VBox([widgets.GridBox(sliders, layout=three), picture])
