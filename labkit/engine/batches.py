@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from labkit.engine.memory import aligned_copy, lies_well
+from labkit.engine.memory import aligned_copy, aligned_joined, lies_well
 
 Arrays = list[np.ndarray]
 _LARGE_SAMPLE = 1 << 18
@@ -276,7 +276,7 @@ def joined(parts: Sequence[list[Any]]) -> list[Any]:
     """The samples of several parts, component by component; of one part as they lie."""
     if len(parts) == 1:
         return parts[0]
-    return [np.concatenate(pieces) for pieces in zip(*parts, strict=True)]
+    return [aligned_joined(pieces) for pieces in zip(*parts, strict=True)]
 
 
 # ---------------------------------------------------------------- whose memory it is

@@ -99,7 +99,8 @@ def _await_answer(where: str) -> None:
 
 
 def _start_own(ray: Any) -> None:
-    """A cluster of this machine alone, on 127.0.0.1, which ends with this process.
+    """A cluster of this machine alone, which ends with this process. Asked for 127.0.0.1, Ray takes
+    the machine's own address all the same.
 
     Ray's servers run code for whoever has the token. It is drawn here, and lives in the environment
     of this process and of Ray's, on no disk; what a user has set stays.
@@ -119,9 +120,9 @@ def _start_own(ray: Any) -> None:
             )
     except Exception as error:
         raise RuntimeError(
-            f"labkit: Ray could not be started on this machine ({error}). Look into its logs, "
-            "/tmp/ray/session_latest/logs, or start a cluster (ray start --head) and set "
-            "RAY_ADDRESS."
+            f"labkit: Ray could not be started on this machine ({error}). Look into its logs "
+            "(ray/session_latest/logs in the folder for temporary files), or start a cluster "
+            "(ray start --head) and set RAY_ADDRESS."
         ) from error
     _own = ray.get_runtime_context().gcs_address
 

@@ -2,12 +2,13 @@
 
 import collections
 import weakref
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 _LARGE = 1 << 20  # bytes from which fresh pages, zeroed one by one, cost as much as the copy
-_ALIGNED = 64  # what TensorFlow takes as it lies; all else it copies, with Python's lock held
+_ALIGNED = 64  # what TensorFlow takes as it lies; all else it copies
 
 
 class _Warm:
@@ -25,7 +26,7 @@ class _Warm:
             raw = self._spare.popleft()
         except IndexError:
             raw = np.empty(nbytes + _ALIGNED, np.uint8)
-        start = -raw.ctypes.data % _ALIGNED
+        start = _start(raw)
         # Over its buffer: views refer to that one, where views of an array's view refer to `raw`.
         lent = np.frombuffer(raw.data[start : start + nbytes], np.uint8)
 
@@ -43,13 +44,18 @@ class _Warm:
 _warm: dict[int, _Warm] = {}  # by size
 
 
+def _start(raw: np.ndarray) -> int:
+    """Bytes to its first aligned one."""
+    return -raw.ctypes.data % _ALIGNED
+
+
 def aligned_empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
     """An array, not filled, that TensorFlow takes as it lies. Nobody else has its memory until it
     and all views of it are gone."""
     nbytes = dtype.itemsize * int(np.prod(shape))
     if nbytes < _LARGE:
         raw = np.empty(nbytes + _ALIGNED, np.uint8)
-        start = -raw.ctypes.data % _ALIGNED
+        start = _start(raw)
         return raw[start : start + nbytes].view(dtype).reshape(shape)
     return _warm.setdefault(nbytes, _Warm()).take(nbytes).view(dtype).reshape(shape)
 
@@ -63,8 +69,17 @@ def aligned_copy(array: np.ndarray) -> np.ndarray:
     return copy
 
 
+def aligned_joined(pieces: Sequence[np.ndarray]) -> np.ndarray:
+    """Some arrays as one, along their first axis, that TensorFlow takes as it lies."""
+    first = pieces[0]
+    if any(piece.dtype != first.dtype or piece.dtype.hasobject for piece in pieces):
+        return np.concatenate(pieces)
+    shape = (sum(map(len, pieces)), *first.shape[1:])
+    return np.concatenate(pieces, out=aligned_empty(shape, first.dtype))
+
+
 def lies_well(array: np.ndarray) -> bool:
     """Whether TensorFlow takes it as it lies, or it is small."""
     if array.nbytes < _LARGE or array.dtype.hasobject:
         return True
-    return array.flags.c_contiguous and not array.ctypes.data % _ALIGNED
+    return array.flags.c_contiguous and not _start(array)

@@ -146,17 +146,7 @@ class Cutter:
 
     def _joined(self, *more: list[np.ndarray]) -> list[np.ndarray]:
         parts, self._rest, self._count = [*self._rest, *more], [], 0
-        if len(parts) == 1:
-            return parts[0]
-        return [_joined(pieces) for pieces in zip(*parts, strict=True)]
-
-
-def _joined(pieces: Sequence[np.ndarray]) -> np.ndarray:
-    first = pieces[0]
-    if any(piece.dtype != first.dtype or piece.dtype.hasobject for piece in pieces):
-        return np.concatenate(pieces)
-    shape = (sum(map(len, pieces)), *first.shape[1:])
-    return np.concatenate(pieces, out=aligned_empty(shape, first.dtype))
+        return joined(parts)
 
 
 def _stacked(samples: Sequence[np.ndarray]) -> np.ndarray:

@@ -37,9 +37,13 @@ def check(name: str, answer: Any, right: Any, unit: str = "", hint: str = "") ->
 def _judged(answer: Any, right: Any, unit: str) -> str:
     if answer is None or answer is ...:
         return f"no answer yet; here it is {_told(right, unit)}."
-    if isinstance(right, str) or (isinstance(right, Collection) and not hasattr(right, "dtype")):
+    if _is_words(right):
         return _of_words(_words(answer), _words(right))
     return _of_numbers(answer, float(right), unit)
+
+
+def _is_words(right: Any) -> bool:
+    return isinstance(right, Collection) and not hasattr(right, "dtype")
 
 
 def _words(value: Any) -> set[str]:
@@ -87,6 +91,6 @@ def _of_numbers(answer: Any, right: float, unit: str) -> str:
 def _told(right: Any, unit: str) -> str:
     if isinstance(right, str):
         return right
-    if isinstance(right, Collection) and not hasattr(right, "dtype"):
+    if _is_words(right):
         return ", ".join(map(str, right)) or "none"
     return f"{float(right):.3g}{f' {unit}' if unit else ''}"
