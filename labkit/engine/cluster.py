@@ -15,7 +15,8 @@ from labkit.machine import usable_cores
 
 _ANSWERS = 10.0  # seconds
 _STORE = 0.3  # of the free memory
-_SLOW = {"RAY_agent_register_timeout_ms": "120000", "RAY_worker_register_timeout_seconds": "120"}
+# Time to start in, on a busy machine.
+SLOW = {"RAY_agent_register_timeout_ms": "120000", "RAY_worker_register_timeout_seconds": "120"}
 _own = ""  # the address of the cluster that labkit has started
 
 
@@ -109,7 +110,7 @@ def _start_own(ray: Any) -> None:
     if not any(name.startswith("RAY_AUTH_") for name in os.environ):
         os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)  # Ray itself turns the asking on
     try:
-        with _environment(_SLOW), patience():
+        with _environment(SLOW), patience():
             ray.init(
                 address="local",
                 num_cpus=usable_cores(),

@@ -4,6 +4,7 @@ One step more on one of them would wait for ever in an all-reduce. They do not a
 calculates all parts.
 """
 
+import functools
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -65,6 +66,7 @@ class Share:
         sizes[last] -= chunks * rows - self.samples
         return sizes
 
+    @functools.lru_cache(maxsize=8)  # noqa: B019 - asked for with each chunk; a share is small
     def steps(self, rows: int) -> int:
         """Of every trainer in a pass."""
         sizes = self.sizes(rows)

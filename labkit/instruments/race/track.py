@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from labkit.checks import expect, is_integer, is_number
+from labkit.engine import cluster
 from labkit.engine.interrupts import held_back
 from labkit.instruments.race import group, lane
 from labkit.instruments.race.entry import CONTESTANTS, Contestant
@@ -29,11 +30,7 @@ from labkit.machine import usable_cores
 _SETTLE, _ADAPT, _START = 2.0, 8.0, 0.7  # seconds to warm up; to find a number; a process's start
 _IMPORTS = 6.0  # seconds that a process takes to import and to build the model, about
 _PATIENCE = 120.0  # seconds beyond what a run should take
-_RAY = {  # without a report of its use, and with time to start in
-    "RAY_USAGE_STATS_ENABLED": "0",
-    "RAY_agent_register_timeout_ms": "120000",
-    "RAY_worker_register_timeout_seconds": "120",
-}
+_RAY = {"RAY_USAGE_STATS_ENABLED": "0", **cluster.SLOW}
 _SHORT = 40  # letters of a folder in which Ray's sockets have names that the system takes
 
 
