@@ -60,7 +60,8 @@ def _quota_v1(group: Path) -> list[str]:
 
 
 def describe_machine() -> dict[str, Any]:
-    """Processor, usable cores and versions: what a reader needs beside a figure."""
+    """Processor, usable cores, NVIDIA GPUs where there are any, and versions: what a reader needs
+    beside a figure."""
 
     def installed(package: str) -> str:
         try:
@@ -71,9 +72,26 @@ def describe_machine() -> dict[str, Any]:
     return {
         "processor": _cpuinfo("model name") or platform.processor() or platform.machine(),
         "cores": usable_cores(),
+        **({"gpus": gpus} if (gpus := _gpus()) else {}),
         "python": platform.python_version(),
         **{name: installed(name) for name in ("tensorflow", "keras", "numpy")},
     }
+
+
+def _gpus() -> list[str]:
+    """Their names, as NVML has them; none where there is no NVML, no driver or no GPU."""
+    try:
+        import pynvml as nvml
+
+        nvml.nvmlInit()
+    except Exception:  # whatever a driver that is half installed raises, this is but a caption
+        return []
+    names = []
+    for index in range(nvml.nvmlDeviceGetCount()):
+        with contextlib.suppress(nvml.NVMLError):  # one that is broken hides no other
+            names.append(nvml.nvmlDeviceGetName(nvml.nvmlDeviceGetHandleByIndex(index)))
+    nvml.nvmlShutdown()
+    return names
 
 
 def _cpuinfo(field: str) -> str:

@@ -261,9 +261,10 @@ def child(script: str, libraries: Path | None = None, **settings: str) -> dict:
 SAMPLE = """
     import time
     from labkit.instruments.usage_monitor import UsageMonitor
+    from labkit.machine import describe_machine
     with UsageMonitor(interval=0.02) as usage:
         time.sleep(0.3)
-    report(usage)
+    report(usage, machine=describe_machine())
 """
 
 
@@ -292,6 +293,7 @@ def test_two_gpus_are_told_apart(stub):
     assert [gpu["memory_used"] for gpu in usage["summary"]["gpus"]] == [60 * GIB, GIB]
     assert usage["gpu_message"] == ""
     assert usage["problems"] == {}
+    assert usage["machine"]["gpus"] == ["Stub Large", "Stub Small"], "captions name them"
 
 
 @needs_compiler
@@ -311,6 +313,7 @@ def test_a_gpu_that_cannot_be_opened_does_not_hide_the_other(stub):
     usage = child(SAMPLE, stub, STUB_BROKEN="0")
     assert [(gpu["index"], gpu["name"]) for gpu in usage["gpus"]] == [(1, "Stub Small")]
     assert "GPU is lost" in usage["problems"]["GPU 0"]
+    assert usage["machine"]["gpus"] == ["Stub Small"]
 
 
 @needs_compiler

@@ -35,7 +35,8 @@ def _texts(figure: Figure, title: str, machine: Mapping[str, Any] | None) -> Non
     figure.suptitle(title, wrap=True)  # the figure's, not an axes': that wraps at the wrong width
     if machine:
         cores = "1 core" if machine["cores"] == 1 else f"{machine['cores']} cores"
-        text = f"Measured on {machine['processor']}, {cores}, TensorFlow {machine['tensorflow']}"
+        parts = machine["processor"], cores, *machine.get("gpus", ())
+        text = f"Measured on {', '.join(parts)}, TensorFlow {machine['tensorflow']}"
         figure.supxlabel(text, fontsize=8, color="0.35", x=0.01, ha="left")
 
 
@@ -267,13 +268,14 @@ def usage(monitors: Any, title: str = "", machine: Mapping[str, Any] | None = No
     for column, (label, monitor) in zip(axes.T, monitors.items(), strict=True):
         column[0].set_title(label)
         column[0].plot(monitor.seconds, monitor.cpu)
-        for gpu in monitor.gpus:
-            name = f"GPU {gpu.index} {gpu.name}"
+        for gpu in monitor.gpus:  # what they are, the line below says
+            name = f"GPU {gpu.index}"
             (line,) = column[1].plot(monitor.seconds, gpu.utilisation, label=name)
             memory = 100 * np.array(gpu.memory_used) / gpu.memory_total
             column[1].plot(monitor.seconds, memory, ":", color=line.get_color(), label="its memory")
-        if monitor.gpus:
-            column[1].legend(frameon=False, fontsize=8)
+        if monitor.gpus:  # above the panel, as the lines can be anywhere in it
+            place = {"loc": "lower left", "bbox_to_anchor": (0, 0.95), "ncols": 2, "borderpad": 0}
+            column[1].legend(frameon=False, fontsize=8, **place)
         else:
             place = {"ha": "center", "va": "center", "transform": column[1].transAxes}
             column[1].text(0.5, 0.5, monitor.gpu_message, **place)
