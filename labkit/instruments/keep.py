@@ -97,6 +97,8 @@ def page(report: Any) -> str:
     """The report as one HTML page that needs nothing beside it."""
     about = report.about
     made = {"labkit": about.labkit, **about.machine, "cores": f"{about.machine['cores']} usable"}
+    if "gpus" in made:
+        made["gpus"] = ", ".join(made["gpus"])
     with_what = ", ".join(f"{name} {value}" for name, value in made.items())
     title = f"labkit.diagnose: {report.verdict.split(':')[0]}"
     return (
