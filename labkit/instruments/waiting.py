@@ -53,7 +53,7 @@ class Waiting:
 
     def __str__(self) -> str:
         if not self.measured:
-            return "only the first step, which compiles: too few to tell"
+            return "too few steps to tell, without the first, which compiles"
         line = (
             f"{self.seconds:.1f} s, {_rate(self.steps_per_second)} steps/s, "
             f"{self.share:.0%} waiting for data"
@@ -61,7 +61,7 @@ class Waiting:
         if self.share < MODERATE:
             return line
         slowed = self.slow * self.calls / self.measured
-        if slowed >= MODERATE:
+        if self.waited and slowed >= MODERATE:  # of several steps a call they are not told apart
             line += f" ({slowed:.0%} as steps that making them slows down)"
         # Who waits for all but a hundredth of the time has no rate that could be told from noise.
         most = self.steps_per_second / max(1 - self.share, 0.01)
@@ -108,7 +108,7 @@ def _share(then: tuple[float, float], now: tuple[float, float]) -> float:
 def verdict(share: float, next_step: str) -> str:
     """One sentence on a share of waiting: how bad it is by the profiler's limits, what to do."""
     if math.isnan(share):
-        return "no verdict: only the first step, which compiles, was seen"
+        return "no verdict: too few steps were seen, without the first, which compiles"
     if share < MODERATE:
         return f"not input-bound ({share:.0%} waiting, under {MODERATE:.0%}): the data keep up"
     degree = "highly" if share > HIGH else "moderately"

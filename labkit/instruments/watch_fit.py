@@ -12,7 +12,6 @@ from labkit.instruments.waiting import NEXT_STEP, Counted, Waiting, total, verdi
 from labkit.quiet import tf
 
 _ON_A_GPU_EVERY = 10
-_SEVERAL_EVERY = 16
 
 
 class FitWatch(tf.keras.callbacks.Callback):
@@ -43,7 +42,8 @@ class FitWatch(tf.keras.callbacks.Callback):
         self._batch, self._ended = 0, 0.0
         self._calls = _Calls(1)
         self._taker: Taker | None = None
-        self._functions: dict[int, Callable[..., Any]] = {}
+        self._own: Callable[..., Any] | None = None
+        self._every = 1
         self._slowing = Slowing()
         self._new_live, self._live, self._quiet = live, None, quiet
 
@@ -52,9 +52,10 @@ class FitWatch(tf.keras.callbacks.Callback):
         self._live = self._new_live and self._new_live()
         self.epochs, self._line = [], ""
         self._on_gpu = bool(tf.config.list_logical_devices("GPU"))
+        self._every = _ON_A_GPU_EVERY if self._on_gpu else 1
         tap = self.model.train_function
         self._tap = Tap(self, tap.inner if isinstance(tap, Tap) else tap)
-        self._functions, self._taker = {}, None
+        self._own = self._taker = None
         several = self.model.steps_per_execution
         self._calls, self._slowing = _Calls(several), Slowing(several)
 
@@ -63,6 +64,7 @@ class FitWatch(tf.keras.callbacks.Callback):
         self.epochs.append(Counted())
         if self._taker is not None:
             self._taker.begin_epoch()
+        self._slowing.begin_epoch()
         self._calls.begin_epoch(self._iterations())
         self._ended = time.perf_counter()
 
@@ -84,7 +86,7 @@ class FitWatch(tf.keras.callbacks.Callback):
 
     def on_train_end(self, logs: Any = None) -> None:
         self._print_line()
-        self._functions, self._taker = {}, None
+        self._own = self._taker = None
         self._end_live()
         if not self._quiet:
             print(f"labkit.watch: {self.verdict()}", flush=True)
@@ -103,62 +105,80 @@ class FitWatch(tf.keras.callbacks.Callback):
             print(self._line, flush=True)
         self._line = ""
 
-    def _function(self, number: int, taker: Taker) -> Callable[..., Any]:
-        """Keras's loop over `steps_per_execution` batches, as one call with `number` of them.
+    def _function(self, taker: Taker) -> Callable[..., Any]:
+        """Keras's step as a call with a batch.
 
         With the shapes that the data set declares, as Keras compiles it: with those of each batch
         the losses would differ in their last bit, and a shorter batch would compile anew.
         """
         inner = self._tap.inner
 
-        def steps(*batches: Any) -> Any:
-            return inner(iter(batches))
+        def step(batch: Any) -> Any:
+            return inner(iter((batch,)))
 
         if self.model.run_eagerly:
-            return steps
-        return tf.function(steps, input_signature=(taker.spec,) * number, autograph=False)
+            return step
+        return tf.function(step, input_signature=(taker.spec,), autograph=False)
 
     def step(self, iterator: Any, inner: Callable[..., Any]) -> Any:
-        """Keras's train_function, with the batches taken, and timed, outside of it."""
-        first = not self._calls.done
+        """Keras's train_function, with the batch taken, and timed, outside of it. Of several steps
+        a call Keras takes the next batch while it trains, so there it takes them itself, and only
+        whole calls are compared."""
         taker = self._taker = self._taker or Taker(iterator, self.model)
-        # An epoch that is held for as a whole would have no share.
-        begun = self.epochs[-1].calls > 0
-        ahead = self._slowing.calls_to_hold(self._calls.done, self._calls_left()) if begun else 0
-        if ahead:
-            taker.hold(iterator, ahead)
-        held = bool(taker.held)
-        alone, measured = self._turn(taker)
-        if alone:
-            result = inner(iterator)
-            began, self._ended = self._ended, time.perf_counter()
-            self._calls.note(taker.number, alone)
-            self._add(taker.number, self._ended - began, None, False)
-            return result
+        self._hold(taker, iterator)
+        held = taker.held > 0
+        measured = held or not (self._calls.steps and self._calls.done % self._every)
         self._sync(measured)
         # Before an epoch's first step Keras makes the iterator: that is waiting, too.
-        asked = time.perf_counter() if self.epochs[-1].steps else self._ended
-        batches = taker.next(iterator)
-        took = time.perf_counter() - asked
-        if not batches:
-            # As Keras ends a pass of unknown length: it counts one more step for the optimizer.
-            return inner(iterator)
-        if len(batches) not in self._functions:
-            self._functions[len(batches)] = self._function(len(batches), taker)
-        result = self._functions[len(batches)](*batches)
-        self._sync(measured)
-        began, self._ended = self._ended, time.perf_counter()
-        self._calls.note(len(batches), alone)
-        if first:  # it compiles
-            self._slowing.most = taker.most_to_hold(batches) if taker.one_device else 0
+        asked = time.perf_counter() if self._calls.steps else self._ended
+        waited, batch = 0.0, None
+        if taker.number > 1:
+            result = inner(taker.source(iterator))
         else:
-            waited = taker.waited(took) if measured and not held else None
-            self._add(len(batches), self._ended - began, waited, held)
-            if measured and len(batches) == taker.number:
-                self._slowing.note(self._ended - asked - took, held)
-        taker.take_what_is_ready(batches)
-        self._ended = time.perf_counter()
+            try:
+                batch = taker.next(iterator)
+            except StopIteration:
+                # As Keras ends a pass of unknown length: it counts one more step for the optimizer.
+                return inner(iterator)
+            took = time.perf_counter() - asked
+            waited, asked = taker.waited(took), asked + took
+            self._own = self._own or self._function(taker)
+            result = self._own(batch)
+        self._sync(measured)
+        self._note(asked, waited, measured, held)
+        if taker.number == 1:
+            taker.take_one_that_is_ready(batch)
+            self._ended = time.perf_counter()
         return result
+
+    def _hold(self, taker: Taker, iterator: Any) -> None:
+        # An epoch that is held for as a whole would have no share.
+        if taker.held or not taker.one_device or not (self.epochs[-1].calls or self._calls.since):
+            return
+        calls = self._slowing.calls_to_hold(self._calls_left())
+        if calls:
+            began = time.perf_counter()
+            taker.hold(iterator, calls)
+            self._slowing.hold(taker.held, time.perf_counter() - began)
+
+    def _note(self, asked: float, waited: float, measured: bool, held: bool) -> None:
+        """Counts a call; one that is measured stands for those since the last as well."""
+        began, self._ended = self._ended, time.perf_counter()
+        steps, seconds = self._calls.together, self._ended - began
+        first, epoch = not self._calls.done, self.epochs[-1]
+        self._calls.note()
+        if first:  # it compiles
+            return
+        usual = self._slowing.note(self._ended - asked if measured or steps > 1 else None, held)
+        epoch.slow = self._slowing.seconds
+        since = self._calls.since
+        since += [seconds] if usual else []
+        # Of several steps a call, the waiting is in what the comparisons say.
+        if usual and (self._slowing.known if steps > 1 else measured):
+            epoch.add(steps, seconds, waited * len(since), sum(since), len(since))
+            since.clear()
+        else:
+            epoch.add(steps, seconds, None, 0.0)
 
     def _iterations(self) -> int:
         optimizer = getattr(self.model, "optimizer", None)
@@ -167,37 +187,6 @@ class FitWatch(tf.keras.callbacks.Callback):
     def _calls_left(self) -> float:
         steps = self.params.get("steps")
         return math.inf if steps is None else (steps - self._batch) / self.model.steps_per_execution
-
-    def _turn(self, taker: Taker) -> tuple[bool, bool]:
-        """Whether Keras takes the batches of this call itself, and whether it is measured.
-
-        Of several steps a call, Keras takes the next batches while it trains, which is faster; so
-        it is left alone for most calls. The one before a measured call is no such one, so that the
-        producers find what they would find if all calls were measured.
-        """
-        calls = self._calls
-        several = taker.number > 1 and taker.one_device and not self.model.run_eagerly
-        every = _SEVERAL_EVERY if several else _ON_A_GPU_EVERY if self._on_gpu else 1
-        place = calls.done % every
-        compares = several and not self._on_gpu and self._slowing.compares(calls.done)
-        alone = several and not compares and 0 < place < every - 1 and self._calls_left() >= 1
-        if alone and calls.steps and not taker.is_ahead:
-            return True, False
-        after_another = compares and not calls.was_alone
-        return False, bool(taker.held) or not (calls.steps and place) or after_another
-
-    def _add(self, steps: int, seconds: float, waited: float | None, held: bool) -> None:
-        """Counts a call; one that is measured stands for those since the last as well. Calls that
-        had their batches before they asked stand for none."""
-        since = self._calls.since
-        if not held:
-            since.append(seconds)
-        if waited is None:
-            self.epochs[-1].add(steps, seconds, None, 0.0)
-        else:
-            self.epochs[-1].add(steps, seconds, waited * len(since), sum(since), len(since))
-            since.clear()
-        self.epochs[-1].slow = self._slowing.seconds
 
     def _sync(self, measured: bool) -> None:
         if measured and self._on_gpu:
@@ -209,26 +198,24 @@ class _Calls:
 
     Attributes:
         done: in this fit.
-        steps: in this epoch; the last call of Keras's own may have had less.
-        since: seconds of each since the last that was measured.
-        was_alone: whether Keras took the batches of the last one itself.
+        steps: in this epoch; the last call may have had less.
+        since: seconds of each like any other since the last that was measured.
     """
 
     def __init__(self, together: int) -> None:
-        self._together, self.done = together, 0
+        self.together, self.done = together, 0
         self.begin_epoch(0)
 
     def begin_epoch(self, trained: int) -> None:
         """`trained`: steps that the optimizer has counted."""
-        self._trained, self.steps, self.was_alone = trained, 0, False
+        self._trained, self.steps = trained, 0
         self.since: list[float] = []
 
-    def note(self, steps: int, alone: bool) -> None:
+    def note(self) -> None:
         self.done += 1
-        self.steps += steps
-        self.was_alone = alone
+        self.steps += self.together
 
     def steps_that_did_not_come(self, trained: int) -> int:
         """Of a pass of unknown length Keras does not say how many steps its last call had."""
         more = self.steps - (trained - self._trained)
-        return more if 0 < more < self._together else 0
+        return more if 0 < more < self.together else 0

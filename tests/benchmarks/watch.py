@@ -1,138 +1,237 @@
 """What `labkit.watch()` costs, and whether its share is true. Writes figures/benchmark_watch.json.
 
-    python -m tests.benchmarks.watch [--rounds 9]
+    python -m tests.benchmarks.watch [--rounds 15]
 
-Cost: epochs of one `fit` with and without it in turn (A B A B), over one cached batch, so that all
-that differs is the watching; the median of the paired ratios of seconds. Truth: 1 - seconds with a
-cached batch / seconds with the slow data, of one model, beside what `watch` said of the latter.
+The speed of a machine may drift by a quarter within minutes, so only neighbours are compared: short
+blocks in turn, of one process and one compiled model, and the median of what the pairs say.
+
+Cost: one `fit` of many epochs of half a second, watched in every other one; the same batch in all.
+What starting a `fit` with it takes once, compiling, is told apart. Truth: 1 - seconds with a cached
+batch / seconds with the real data, of unwatched fits, beside what `watch` said in a fit between
+them. Each model is sized so that a step takes 2 ms with a cached batch.
 """
 
 import argparse
+import itertools
+import statistics
 import time
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
 
 import labkit
 from labkit.quiet import tf
+from labkit.workloads import busy_python
 from tests.benchmarks.common import median, spread, write
 
-_STEP = 0.002
-_PAUSES = (0.0005, 0.002, 0.01)
+_STEP, _WITHIN = 0.002, 0.2
+_BLOCK = 0.5  # seconds
+_WIDTH = 256
+_WARM = 24  # steps, of each fit for the truth, before those that count
+
+Batch = tuple[np.ndarray, np.ndarray]
 
 
 class _Clock(tf.keras.callbacks.Callback):
-    """Seconds from the first step of an epoch to its last."""
+    """Seconds of each epoch, from its first step to its last; `watch` sees those from number
+    `first` on, or, with `every`, every other one."""
+
+    def __init__(self, watch: Any = None, every: int = 1) -> None:
+        super().__init__()
+        self.seconds: list[float] = []
+        self._watch, self._every, self._on = watch, every, False
+
+    def set_model(self, model: Any) -> None:
+        super().set_model(model)
+        if self._watch:
+            self._watch.set_model(model)
+
+    def set_params(self, params: Any) -> None:
+        super().set_params(params)
+        if self._watch:
+            self._watch.set_params(params)
+
+    def on_train_begin(self, logs: Any = None) -> None:
+        if self._watch:
+            self._watch.on_train_begin()
 
     def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
-        self.began = time.perf_counter()
+        self._on = self._watch is not None and epoch % self._every == 0
+        self._began = time.perf_counter()
+        if self._on:
+            self._watch.on_epoch_begin(epoch)
+
+    def on_train_batch_begin(self, batch: int, logs: Any = None) -> None:
+        if self._on:
+            self._watch.on_train_batch_begin(batch)
 
     def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
-        self.seconds = time.perf_counter() - self.began
+        if self._on:
+            self._watch.on_epoch_end(epoch, {})
+        self.seconds.append(time.perf_counter() - self._began)
 
 
-def _model(width: int, together: int) -> tf.keras.Model:
+def _model(together: int) -> tf.keras.Model:
     tf.keras.utils.set_random_seed(0)
-    layers = [tf.keras.Input((width,)), tf.keras.layers.Dense(width), tf.keras.layers.Dense(1)]
-    model = tf.keras.Sequential(layers)
+    layers = [tf.keras.layers.Dense(_WIDTH, "relu") for _ in range(3)]
+    model = tf.keras.Sequential([tf.keras.Input((_WIDTH,)), *layers, tf.keras.layers.Dense(1)])
     model.compile("sgd", "mse", steps_per_execution=together)
     return model
 
 
-def _batch(width: int) -> tuple[np.ndarray, np.ndarray]:
-    x = np.random.default_rng(0).normal(size=(32, width)).astype(np.float32)
+def _batch(rows: int) -> Batch:
+    x = np.random.default_rng(0).normal(size=(rows, _WIDTH)).astype(np.float32)
     return x, x[:, :1]
 
 
-def _epoch(model: Any, data: Any, steps: int, watched: bool) -> tuple[float, Any]:
-    clock, kept = _Clock(), labkit.watch() if watched else None
-    callbacks = [kept, clock] if watched else [clock]
-    model.fit(data, steps_per_epoch=steps, verbose=0, callbacks=callbacks, shuffle=False)
-    return clock.seconds, kept
+def _cached(batch: Batch) -> tf.data.Dataset:
+    return tf.data.Dataset.from_tensors(batch).repeat()
 
 
-def _width() -> int:
-    """Of a model whose step takes about 2 ms on this machine."""
-    for width in (64, 128, 256, 512, 768, 1024, 1536, 2048, 3072):
-        data = tf.data.Dataset.from_tensors(_batch(width)).repeat()
-        model = _model(width, 1)
-        _epoch(model, data, 20, False)
-        if _epoch(model, data, 100, False)[0] / 100 > _STEP:
+def _fit(model: Any, data: Any, epochs: int, steps: int, clock: _Clock) -> list[float]:
+    model.fit(
+        data, epochs=epochs, steps_per_epoch=steps, verbose=0, shuffle=False, callbacks=[clock]
+    )
+    return clock.seconds
+
+
+def _sized(together: int) -> tuple[Any, Batch, float]:
+    """A model, a batch of so many rows that its step takes 2 ms, and what it does take."""
+    rows, steps = 64, 160
+    for _ in range(8):
+        model, batch = _model(together), _batch(rows)
+        step = median(_fit(model, _cached(batch), 4, steps, _Clock())[1:]) / steps
+        if abs(step / _STEP - 1) <= _WITHIN / 2:
             break
-    return width
+        # What a step takes beside its rows is a part of it, so not in proportion.
+        rows = max(
+            1,
+            round(
+                rows * (1 + 1.2 * (_STEP / step - 1))
+                if step > _STEP
+                else min(4 * rows, rows * _STEP / step)
+            ),
+        )
+    return model, batch, step
 
 
-def cost(width: int, together: int, rounds: int, steps: int = 1600) -> dict[str, Any]:
-    data = tf.data.Dataset.from_tensors(_batch(width)).repeat()
-    plain, watched = _model(width, together), _model(width, together)
-    _epoch(plain, data, 3 * together, False), _epoch(watched, data, 3 * together, True)
-    # The first call of each fit with it compiles, so both are counted from one long fit's seconds
-    # less those of a short one.
-    ratios, shares, plain_seconds = [], [], []
-    for _ in range(rounds):
-        a = _epoch(plain, data, steps, False)[0] - _epoch(plain, data, together, False)[0]
-        long, kept = _epoch(watched, data, steps, True)
-        b = long - _epoch(watched, data, together, True)[0]
-        ratios.append(b / a)
-        shares.append(kept.epochs[0].share)
-        plain_seconds.append(a)
+def cost(together: int, rounds: int) -> dict[str, Any]:
+    model, batch, _ = _sized(together)
+    data = _cached(batch)
+    steps = round(_BLOCK / _STEP / together) * together
+    watch = labkit.watch()
+    seconds = _fit(model, data, 2 * rounds + 2, steps, _Clock(watch, every=2))[2:]
+    # Each watched one beside the mean of its neighbours.
+    plain = seconds[1::2]
+    before = [*seconds[1:-2:2]]
+    ratios = [b / ((a + c) / 2) for a, b, c in zip(before, seconds[2::2], plain[1:], strict=True)]
+    starts = []
+    for _ in range(3):
+        took = []
+        for kept in (None, labkit.watch(), None):
+            began = time.perf_counter()
+            _fit(model, data, 1, together, _Clock(kept))
+            took.append(time.perf_counter() - began)
+        starts.append(took[1] - (took[0] + took[2]) / 2)
     return {
         "steps_per_execution": together,
-        "milliseconds a step": 1000 * median(plain_seconds) / (steps - together),
-        "seconds with watch / without": median(ratios),
-        "of the rounds": [round(ratio, 3) for ratio in sorted(ratios)],
-        "waiting share of a step that waits for nothing": median(shares),
-        "drift of the plain fits": spread(plain_seconds),
+        "milliseconds a step": 1000 * median(plain) / steps,
+        "seconds with watch / without": _said(ratios),
+        "waiting share of a step that waits for nothing": _said(
+            [epoch.share for epoch in watch.epochs[1:]]
+        ),
+        "seconds once a fit": median(starts),
+        "drift of the plain epochs": spread(plain),
     }
 
 
-def truth(width: int, pause: float, rounds: int, steps: int = 400) -> dict[str, Any]:
-    x, y = _batch(width)
-    spec = (tf.TensorSpec((None, width)), tf.TensorSpec((None, 1)))
+def _said(values: list[float]) -> dict[str, float]:
+    low, middle, high = statistics.quantiles(values, n=4)
+    half = 0.93 * (high - low) / len(values) ** 0.5  # standard error of a median
+    return {"median": middle, "quartiles": [low, high], "error": half}  # type: ignore[dict-item]
 
-    def slow() -> Any:
+
+def _made(work: Callable[[], Any]) -> Callable[[Batch], Iterator[Batch]]:
+    def batches(batch: Batch) -> Iterator[Batch]:
         while True:
-            time.sleep(pause)
-            yield x, y
+            work()
+            yield batch
 
-    data = tf.data.Dataset.from_generator(slow, output_signature=spec)
-    cached = tf.data.Dataset.from_tensors((x, y)).repeat()
-    model = _model(width, 1)
-    seconds: dict[str, list[float]] = {"cached": [], "slow": [], "watched": []}
-    errors, said, true = [], [], []
+    return batches
+
+
+def _sleeps(seconds: float) -> Callable[[Batch], Iterator[Batch]]:
+    return _made(lambda: time.sleep(seconds))
+
+
+def _dataset(batches: Callable[[Batch], Iterator[Batch]]) -> Callable[[Batch], Any]:
+    def made(batch: Batch) -> tf.data.Dataset:
+        spec = tuple(tf.TensorSpec((None, part.shape[1])) for part in batch)
+        return tf.data.Dataset.from_generator(lambda: batches(batch), output_signature=spec)
+
+    return made
+
+
+# Keras prefetches from a generator, but not from a data set.
+SOURCES: dict[str, tuple[int, Callable[[Batch], Any]]] = {
+    "data set, sleeps 0.5 ms": (1, _dataset(_sleeps(0.0005))),
+    "data set, sleeps 2 ms": (1, _dataset(_sleeps(0.002))),
+    "generator, sleeps 1 ms": (1, _sleeps(0.001)),
+    "generator, sleeps 5 ms": (1, _sleeps(0.005)),
+    "generator, 1 ms of Python": (1, _made(lambda: busy_python(0.001))),
+    "generator, 4 ms of Python": (1, _made(lambda: busy_python(0.004))),
+    "data set, sleeps 2 ms, 8 steps a call": (8, _dataset(_sleeps(0.002))),
+    "generator, 1 ms of Python, 8 steps a call": (8, _made(lambda: busy_python(0.001))),
+}
+
+
+def truth(name: str, model: Any, batch: Batch, rounds: int) -> dict[str, Any]:
+    together, source = SOURCES[name]
+    steps = max(_WARM, round(2 * _BLOCK / _STEP / together / 2) * together)
+
+    def block(data: Any, watch: Any = None) -> float:
+        return _fit(model, data, 2, steps, _Clock(watch))[1]
+
+    said, true, errors, alone, costs = [], [], [], [], []
     for _ in range(rounds):
-        for name, source in (("cached", cached), ("slow", data), ("watched", data)):
-            # The first call of each fit compiles, or begins the generator.
-            few = _epoch(model, source, 2, name == "watched")[0]
-            more, kept = _epoch(model, source, steps, name == "watched")
-            seconds[name].append(more - few)
-        true.append(1 - seconds["cached"][-1] / seconds["slow"][-1])
-        said.append(kept.epochs[0].share)
+        watch = labkit.watch()
+        first, real = block(_cached(batch)), block(source(batch))
+        watched, last = block(source(batch), watch), block(_cached(batch))
+        alone += [first, last]
+        said.append(watch.epochs[1].share)
+        true.append(1 - (first + last) / 2 / real)
         errors.append(said[-1] - true[-1])
-    pairs = zip(seconds["watched"], seconds["slow"], strict=True)
+        costs.append(watched / real)
     return {
-        "pause": pause,
+        "data": name,
         "share said": median(said),
         "true": median(true),
-        "said - true, median": median(errors),
-        "said - true, of the rounds": [round(error, 3) for error in sorted(errors)],
-        "seconds with watch / without": median([a / b for a, b in pairs]),
-        "drift of the cached fits": spread(seconds["cached"]),
+        "said - true": _said(errors),
+        "seconds with watch / without": _said(costs),
+        "drift of the cached blocks": spread(alone),
     }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="What labkit.watch() costs, and is it true?")
-    parser.add_argument("--rounds", type=int, default=9)
-    rounds = parser.parse_args().rounds
-    width = _width()
-    results: dict[str, Any] = {"width of the model": width, "cost": [], "truth": []}
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--only", choices=["cost", "truth"])
+    arguments = parser.parse_args()
+    began = time.perf_counter()
+    results: dict[str, Any] = {"cost": [], "truth": []}
     for together in (1, 8):
-        results["cost"].append(cost(width, together, rounds))
-        print(results["cost"][-1])
-    for pause in _PAUSES:
-        results["truth"].append(truth(width, pause, rounds))
-        print(results["truth"][-1])
+        if arguments.only != "truth":
+            results["cost"].append(cost(together, arguments.rounds))
+            print(results["cost"][-1], flush=True)
+    for together, names in itertools.groupby(SOURCES, key=lambda name: SOURCES[name][0]):
+        if arguments.only != "cost":
+            model, batch, step = _sized(together)
+            print(f"{together}: {1000 * step:.2f} ms a step", flush=True)
+            for name in names:
+                results["truth"].append(truth(name, model, batch, max(3, arguments.rounds // 3)))
+                print(results["truth"][-1], flush=True)
+    results["seconds in all"] = time.perf_counter() - began
     write("benchmark_watch", results)
 
 
