@@ -224,9 +224,10 @@ class QueueRunner(Resumable):
 
         Workers start here and stay. Each iteration is a fresh pass, as over any dataset: they call
         the iterator factory again, with `epoch` one higher. Over a finite iterator that is every
-        sample once, then the end; over an endless one give `steps_per_epoch` to `fit`. One
-        iterator that is kept goes on where it is. There is one iteration at a time: when a second
-        one begins, the first ends with an error.
+        sample once, then the end: where its length is not known (`samples=` tells it), Keras warns
+        at the first end that it "ran out of data", and trains on. Over an endless one give
+        `steps_per_epoch` to `fit`. One iterator that is kept goes on where it is. There is one
+        iteration at a time: when a second one begins, the first ends with an error.
 
         A worker's error is raised as `tf.errors.OpError` with the WorkerError's text, and as the
         WorkerError itself on leaving `with runner:`.

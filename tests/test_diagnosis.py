@@ -16,7 +16,7 @@ import labkit
 from labkit import QueueRunner, WorkerError
 from labkit.engine import KINDS
 from labkit.engine.auto import Scaler
-from labkit.instruments import laws, plots
+from labkit.instruments import laws, measure, plots
 from labkit.instruments.diagnosis import Measured, report_of
 from labkit.instruments.laws import Demands, bounds, nature
 from labkit.instruments.measure import Alone, Model, Watch
@@ -280,6 +280,18 @@ def test_what_workers_had_stored_is_not_counted_as_their_speed(settle, steps, mo
     watch = Watch(1e-9, stored=20, least=10)
     assert [watch.enough() for _ in range(steps)] == [False] * (steps - 1) + [True]
     assert watch.steps == 10
+
+
+def test_fewer_batches_than_workers_are_not_waited_for(monkeypatch):
+    """In a second pass all have had their turn."""
+    monkeypatch.setattr("labkit.instruments.measure._PATIENCE", 600.0)
+
+    def one(worker, n_workers):
+        if worker == 0:
+            yield (np.zeros((8, 1), np.float32),)
+
+    assert measure.alone(one, "thread", 2, 0.05).rate > 0
+    assert measure.together(one, Model.of(0.001, None), "thread", 2, 8, 0.05) > 0
 
 
 def test_four_that_gain_a_third_over_two_do_not_take_turns(monkeypatch):

@@ -229,8 +229,9 @@ SAME = "no change beyond the noise"
     [
         ({}, [SAME] * 3),
         ({"model_rate": 110.0, "serial_rate": 16.0}, [SAME] * 3),
-        ({"rates": (20, 40, 92)}, [SAME] * 3),  # 78 to 86 and 83 to 101
-        ({"rates": (20, 40, 97)}, [SAME, SAME, "faster"]),
+        # Ranges of 78 up to 85.8, and from 0.9 x 89 or 91: hypot(log 1.1, log 0.9) is 1.153 times.
+        ({"rates": (20, 40, 89)}, [SAME] * 3),
+        ({"rates": (20, 40, 91)}, [SAME, SAME, "faster"]),
         ({"rates": (20, 40, 60)}, [SAME, SAME, "slower"]),
         ({"serial_rate": 36.0}, [SAME, "faster", SAME]),
         # All by as much: the machine, not the change of the user's.
@@ -243,6 +244,13 @@ SAME = "no change beyond the noise"
 )
 def test_a_change_is_told_from_noise_and_from_drift(after, words):
     assert judged(report_of(), report_of(**after)) == words
+
+
+def test_twice_as_fast_is_more_than_chance_in_ranges_of_forty_percent():
+    wide = {"half": 0.4}  # 12 to 28 and 25.2 to 58.8 overlap: 2.1 > exp(hypot(log 1.4, log 0.6))
+    before, after = report_of((20,), **wide), report_of((42,), **wide)
+    assert judged(before, after) == [SAME, SAME, "faster"]
+    assert judged(before, report_of((36,), **wide)) == [SAME] * 3
 
 
 def test_a_comparison_shows_both_verdicts_the_rates_and_their_ratio(tmp_path):

@@ -130,9 +130,10 @@ class Comparison:
 def compare(before: Report | str | Path, after: Report | str | Path) -> Comparison:
     """What changed from one report to the other, and whether that is more than noise.
 
-    A rate has changed if the ranges that hold nine of ten measurements do not overlap: a setting's
-    own, and for the model alone and the serial loop one as wide as that of a single worker. What
-    has changed as the model alone has may be the machine's drift.
+    A rate has changed if it did by more than nine of ten differences of two measurements would by
+    chance. How wide that is each report knows: of a setting its range, of the model alone and the
+    serial loop one as wide as that of a single worker; of two that are independent of one another,
+    the squares add up. What has changed as the model alone has may be the machine's drift.
 
     Args:
         before, after: reports, or the files that `Report.save` wrote.
@@ -148,8 +149,11 @@ def compare(before: Report | str | Path, after: Report | str | Path) -> Comparis
         (low, rate, high), (new_low, new_rate, new_high) = one, other
         moved = math.log(new_rate / rate)
         # The half-widths of both, so that shifting one by the model's change asks the same again.
-        noise = math.log(new_rate / new_low if moved > 0 else new_high / new_rate)
-        noise += math.log(high / rate if moved > 0 else rate / low)
+        up = moved > 0
+        noise = math.hypot(
+            math.log(new_rate / new_low if up else new_high / new_rate),
+            math.log(high / rate if up else rate / low),
+        )
         judged = f"{'faster' if moved > 0 else 'slower'}, beyond the noise"
         if abs(moved) <= noise:
             judged = _SAME

@@ -81,7 +81,8 @@ def alone(iterator: Iterators, kind: str, n: int, seconds: float) -> Alone:
                 times += [] if chunk.stages is None else [chunk.stages]
                 if now - first > seconds and chunks >= 3 * n:
                     break
-            elif len(heard) == n or now - began > _PATIENCE:
+            # In a second pass all have had their turn: who is not heard has no batch.
+            elif len(heard) == n or chunk.epoch or now - began > _PATIENCE:
                 first, cpu = now, time.process_time()
         else:
             raise WorkerError(_NOTHING)
@@ -143,7 +144,9 @@ def together(
         batches = runner.dataset().repeat()
         # What they have ready, beside the 4 in the queue, says nothing of their speed.
         ready = n * KINDS[kind].ahead + 4
-        watch = Watch(seconds, lambda: len(runner.delivering) == n, ready, n + 2)
+        watch = Watch(
+            seconds, lambda: len(runner.delivering) == n or runner._place.newest > 0, ready, n + 2
+        )
         step, _ = model.run(batches, watch)
     return 1 / step
 

@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 
 import labkit
+from labkit.instruments.waiting import total
 from labkit.quiet import tf
 from labkit.workloads import busy_python
 from tests.benchmarks.common import median, spread, write
@@ -28,7 +29,6 @@ from tests.benchmarks.common import median, spread, write
 _STEP, _WITHIN = 0.002, 0.2
 _BLOCK = 0.5  # seconds
 _WIDTH = 256
-_WARM = 24  # steps, of each fit for the truth, before those that count
 
 Batch = tuple[np.ndarray, np.ndarray]
 
@@ -104,15 +104,7 @@ def _sized(together: int) -> tuple[Any, Batch, float]:
         step = median(_fit(model, _cached(batch), 4, steps, _Clock())[1:]) / steps
         if abs(step / _STEP - 1) <= _WITHIN / 2:
             break
-        # What a step takes beside its rows is a part of it, so not in proportion.
-        rows = max(
-            1,
-            round(
-                rows * (1 + 1.2 * (_STEP / step - 1))
-                if step > _STEP
-                else min(4 * rows, rows * _STEP / step)
-            ),
-        )
+        rows = max(1, round(rows * min(4, _STEP / step)))
     return model, batch, step
 
 
@@ -121,11 +113,10 @@ def cost(together: int, rounds: int) -> dict[str, Any]:
     data = _cached(batch)
     steps = round(_BLOCK / _STEP / together) * together
     watch = labkit.watch()
-    seconds = _fit(model, data, 2 * rounds + 2, steps, _Clock(watch, every=2))[2:]
-    # Each watched one beside the mean of its neighbours.
+    seconds = _fit(model, data, 2 * rounds + 4, steps, _Clock(watch, every=2))[2:]
     plain = seconds[1::2]
-    before = [*seconds[1:-2:2]]
-    ratios = [b / ((a + c) / 2) for a, b, c in zip(before, seconds[2::2], plain[1:], strict=True)]
+    # Each watched one beside the mean of its neighbours.
+    ratios = [2 * b / (a + c) for a, b, c in zip(plain, seconds[2::2], plain[1:], strict=False)]
     starts = []
     for _ in range(3):
         took = []
@@ -137,8 +128,8 @@ def cost(together: int, rounds: int) -> dict[str, Any]:
     return {
         "steps_per_execution": together,
         "milliseconds a step": 1000 * median(plain) / steps,
-        "seconds with watch / without": _said(ratios),
-        "waiting share of a step that waits for nothing": _said(
+        "seconds with watch / without": _spread(ratios),
+        "waiting share of a step that waits for nothing": _spread(
             [epoch.share for epoch in watch.epochs[1:]]
         ),
         "seconds once a fit": median(starts),
@@ -146,10 +137,10 @@ def cost(together: int, rounds: int) -> dict[str, Any]:
     }
 
 
-def _said(values: list[float]) -> dict[str, float]:
+def _spread(values: list[float]) -> dict[str, Any]:
     low, middle, high = statistics.quantiles(values, n=4)
-    half = 0.93 * (high - low) / len(values) ** 0.5  # standard error of a median
-    return {"median": middle, "quartiles": [low, high], "error": half}  # type: ignore[dict-item]
+    error = 0.93 * (high - low) / len(values) ** 0.5  # of the median, of a normal distribution
+    return {"median": middle, "quartiles": [low, high], "standard error": error}
 
 
 def _made(work: Callable[[], Any]) -> Callable[[Batch], Iterator[Batch]]:
@@ -159,6 +150,11 @@ def _made(work: Callable[[], Any]) -> Callable[[Batch], Iterator[Batch]]:
             yield batch
 
     return batches
+
+
+def _computes(seconds: float) -> Callable[[Batch], Iterator[Batch]]:
+    work, nothing = busy_python(seconds), np.empty(0)
+    return _made(lambda: work(nothing, nothing))
 
 
 def _sleeps(seconds: float) -> Callable[[Batch], Iterator[Batch]]:
@@ -177,29 +173,29 @@ def _dataset(batches: Callable[[Batch], Iterator[Batch]]) -> Callable[[Batch], A
 SOURCES: dict[str, tuple[int, Callable[[Batch], Any]]] = {
     "data set, sleeps 0.5 ms": (1, _dataset(_sleeps(0.0005))),
     "data set, sleeps 2 ms": (1, _dataset(_sleeps(0.002))),
-    "generator, sleeps 1 ms": (1, _sleeps(0.001)),
     "generator, sleeps 5 ms": (1, _sleeps(0.005)),
-    "generator, 1 ms of Python": (1, _made(lambda: busy_python(0.001))),
-    "generator, 4 ms of Python": (1, _made(lambda: busy_python(0.004))),
+    "generator, 1 ms of Python": (1, _computes(0.001)),
+    "generator, 4 ms of Python": (1, _computes(0.004)),
     "data set, sleeps 2 ms, 8 steps a call": (8, _dataset(_sleeps(0.002))),
-    "generator, 1 ms of Python, 8 steps a call": (8, _made(lambda: busy_python(0.001))),
+    "generator, 1 ms of Python, 8 steps a call": (8, _computes(0.001)),
 }
 
 
 def truth(name: str, model: Any, batch: Batch, rounds: int) -> dict[str, Any]:
     together, source = SOURCES[name]
-    steps = max(_WARM, round(2 * _BLOCK / _STEP / together / 2) * together)
+    steps = round(_BLOCK / _STEP / together) * together
 
-    def block(data: Any, watch: Any = None) -> float:
-        return _fit(model, data, 2, steps, _Clock(watch))[1]
+    def block(data: Any, watch: Any = None, epochs: int = 1) -> float:
+        """Seconds an epoch, without the first, which compiles and finds buffers empty."""
+        return statistics.fmean(_fit(model, data, 1 + epochs, steps, _Clock(watch))[1:])
 
     said, true, errors, alone, costs = [], [], [], [], []
     for _ in range(rounds):
         watch = labkit.watch()
         first, real = block(_cached(batch)), block(source(batch))
-        watched, last = block(source(batch), watch), block(_cached(batch))
+        watched, last = block(source(batch), watch, 3), block(_cached(batch))
         alone += [first, last]
-        said.append(watch.epochs[1].share)
+        said.append(total(watch.epochs[1:]).share)
         true.append(1 - (first + last) / 2 / real)
         errors.append(said[-1] - true[-1])
         costs.append(watched / real)
@@ -207,8 +203,8 @@ def truth(name: str, model: Any, batch: Batch, rounds: int) -> dict[str, Any]:
         "data": name,
         "share said": median(said),
         "true": median(true),
-        "said - true": _said(errors),
-        "seconds with watch / without": _said(costs),
+        "said - true": _spread(errors),
+        "seconds with watch / without": _spread(costs),
         "drift of the cached blocks": spread(alone),
     }
 
