@@ -189,19 +189,22 @@ def truth(name: str, model: Any, batch: Batch, rounds: int) -> dict[str, Any]:
         """Seconds an epoch, without the first, which compiles and finds buffers empty."""
         return statistics.fmean(_fit(model, data, 1 + epochs, steps, _Clock(watch))[1:])
 
-    said, true, errors, alone, costs = [], [], [], [], []
+    said, slowed, true, errors, alone, costs = [], [], [], [], [], []
     for _ in range(rounds):
         watch = labkit.watch()
         first, real = block(_cached(batch)), block(source(batch))
         watched, last = block(source(batch), watch, 3), block(_cached(batch))
         alone += [first, last]
-        said.append(total(watch.epochs[1:]).share)
+        seen = total(watch.epochs[1:])
+        said.append(seen.share)
+        slowed.append(seen.slow * seen.calls / seen.measured)
         true.append(1 - (first + last) / 2 / real)
         errors.append(said[-1] - true[-1])
         costs.append(watched / real)
     return {
         "data": name,
         "share said": median(said),
+        "of it, as slower steps": median(slowed),
         "true": median(true),
         "said - true": _spread(errors),
         "seconds with watch / without": _spread(costs),
