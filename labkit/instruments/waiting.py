@@ -18,7 +18,7 @@ class Waiting:
         seconds: that they took, from end to end.
         waited: seconds of `measured` spent waiting for data.
         measured: seconds of the calls, each of `steps_per_execution` steps, that were measured or
-            that those stand for: on a GPU every tenth is.
+            that those stand for: on a GPU one of ten is, or one in 0.1 s.
         calls: that were measured, or stood for.
         slow: seconds of each call by which those who make the data slow the step itself; of several
             steps a call, with the waiting for them.

@@ -32,8 +32,9 @@ def watch(iterable: Iterable[Any] | None = None, live: bool = False) -> Any:
     order, while none is made. Of several `steps_per_execution` Keras takes the next batches while
     it trains; so its calls are left as they are, and what they take longer than those with batches
     taken ahead is the share, which a `fit` of less than some 15 calls does not tell. On a GPU,
-    where a step goes on while Python has long gone ahead, every tenth step is measured, with the
-    device waited for before and after it; in a loop of your own, wait for it yourself.
+    where a step goes on while Python has long gone ahead, every tenth step is measured, or one in
+    0.1 s, with the device waited for before and after it; in a loop of your own, wait for it
+    yourself.
 
     Args:
         iterable: of batches, for a loop of your own; without it the result is a Keras callback.
