@@ -263,7 +263,7 @@ def usage(monitors: Any, title: str = "", machine: Mapping[str, Any] | None = No
     heights = [1, 1 if any(m.gpus for m in monitors.values()) else 0.25, 0.7, *(1 for _ in probes)]
     size = {"nrows": len(heights), "ncols": len(monitors), "height_ratios": heights}
     figure, axes = _figure(
-        8, 1.0 + 1.3 * sum(heights), sharex=True, sharey="row", squeeze=False, **size
+        8, 1.0 + 1.3 * sum(heights), sharex="col", sharey="row", squeeze=False, **size
     )
     for column, (label, monitor) in zip(axes.T, monitors.items(), strict=True):
         column[0].set_title(label)
