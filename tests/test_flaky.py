@@ -61,8 +61,8 @@ def test_nothing_changed(repository, capsys):
 def test_a_test_that_hangs_is_a_failure_and_so_is_a_file_that_does_not_import(repository, capsys):
     root, write = repository
     write("test_hangs.py", "import time\n\n\ndef test_hangs():\n    time.sleep(100)\n")
-    assert flaky.main(["--times", "1", "--timeout", "5"], root) == 1
-    assert "ended with time-out after 5 s" in capsys.readouterr().out
+    assert flaky.main(["--times", "1", "--timeout", "2"], root) == 1
+    assert "ended with time-out after 2 s" in capsys.readouterr().out
     write("test_hangs.py", "import no_such_module\n\n\ndef test_hangs():\n    pass\n")
     assert flaky.main(["--times", "1"], root) == 1
     assert "no_such_module" in capsys.readouterr().out

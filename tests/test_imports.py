@@ -1,6 +1,7 @@
 """The names under which readers know labkit's parts, wherever the parts live now."""
 
 import importlib
+import os
 import subprocess
 import sys
 
@@ -8,10 +9,14 @@ import pytest
 
 import labkit
 
+ONEDNN = "TF_ENABLE_ONEDNN_OPTS"
+
 
 def alone(program: str) -> str:
-    """What the program prints, in a Python of its own."""
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    """What the program prints, in a Python of its own, with oneDNN left to TensorFlow."""
+    environment = {name: value for name, value in os.environ.items() if name != ONEDNN}
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()
 
@@ -70,9 +75,11 @@ def test_what_was_never_there_is_not_there():
 SMALL = "epochs=1, steps=1, delay=0, capacity=96, min_after_dequeue=0, progress=False"
 
 
-def test_train_is_a_function_also_behind_its_module_and_each_name_is_there_when_it_is_the_first():
+@pytest.fixture(scope="module")
+def of_a_program():
+    """What a program that trains twice prints: one, since it takes seconds to start."""
     program = f"""
-import labkit, inspect
+import labkit, inspect, os
 first, diagnose = labkit.train({SMALL}, validate=False), labkit.diagnose
 import labkit.train, labkit.diagnosis
 again = labkit.train({SMALL}, validate=False)
@@ -82,9 +89,28 @@ print(inspect.signature(labkit.train) == inspect.signature(train))
 print(labkit.diagnose is diagnose is labkit.diagnosis.diagnose)
 import sys
 def ours(): return [m for m in sys.modules if m.startswith('labkit')]
+from labkit import machine
+print(os.environ['{ONEDNN}'])
+on = machine._onednn_is_on()
+os.environ['{ONEDNN}'] = '0' if on else '1'
+print(machine._onednn_is_on() == on)
 """
     programs = "; ".join(f"[sys.modules.pop(m) for m in ours()]; {known}" for known in KNOWN)
-    assert alone(program + programs).split() == ["True"] * 4
+    return alone(f"{program}{programs}; print('all')").split()
+
+
+def test_train_is_a_function_also_behind_its_module_and_each_name_is_there_when_it_is_the_first(
+    of_a_program,
+):
+    assert of_a_program[:4] == ["True"] * 4 and of_a_program[-1] == "all"
+
+
+def test_labkits_own_training_asks_for_onednn_before_tensorflow_is_there(of_a_program):
+    assert of_a_program[4] == "1"
+
+
+def test_a_variable_set_after_tensorflow_has_read_it_deceives_nobody(of_a_program):
+    assert of_a_program[5] == "True"
 
 
 @pytest.mark.parametrize("first", ["import labkit.train", "from labkit.train import train"])

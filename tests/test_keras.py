@@ -76,6 +76,7 @@ def test_what_was_stopped_goes_on_at_the_same_step(tmp_path, stop_at, options):
     assert not path.exists()
 
 
+@pytest.mark.slow  # three programs that start Keras
 def test_a_training_that_is_killed_goes_on(tmp_path):
     """SIGKILL comes at any moment. tests/benchmarks/resume.py does it with several devices, too."""
     killed, undisturbed = tmp_path / "killed", tmp_path / "undisturbed"

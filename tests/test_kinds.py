@@ -20,7 +20,7 @@ from labkit.engine.pool import Pool
 from labkit.engine.produce import LeftOut, produce
 from labkit.engine.tracebacks import describe
 from labkit.quiet import tf
-from tests.consumers import in_dataset
+from tests.consumers import in_dataset, in_graph
 
 SMALL = {"capacity": 64, "min_after_dequeue": 8}
 # A worker process that had to import this file would import TensorFlow with it.
@@ -91,6 +91,12 @@ class InlinePool(Pool):
 def workers(request, monkeypatch):
     monkeypatch.setitem(KINDS, "inline", Kind(InlinePool, lambda: 4, "inline workers"))
     return request.param
+
+
+@pytest.fixture
+def consume(workers):
+    """One of the two for each kind: what the queue does with a batch depends on none."""
+    return in_dataset if workers == "process" else in_graph
 
 
 def shares(total, chunk):

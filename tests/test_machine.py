@@ -2,7 +2,6 @@
 
 import math
 import os
-import subprocess
 import sys
 
 import pytest
@@ -134,18 +133,9 @@ def test_a_machine_is_described_by_processor_cores_and_versions():
     assert all(described[name][0].isdigit() for name in ("python", "tensorflow", "numpy"))
 
 
-# -- oneDNN --------------------------------------------------------------------------------------
+# -- oneDNN: what takes a program of its own is in test_imports.py and test_lifetime.py ----------
 
 NAME = "TF_ENABLE_ONEDNN_OPTS"
-
-
-def in_a_program(program: str) -> list[str]:
-    """The lines that the program prints, in a Python of its own, with oneDNN left to TensorFlow."""
-    environment = {k: v for k, v in os.environ.items() if k != NAME}
-    command = [sys.executable, "-c", f"import os, sys\n{program}"]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return done.stdout.splitlines()
 
 
 @pytest.fixture
@@ -164,22 +154,6 @@ def variable(monkeypatch):
 def without_tensorflow(monkeypatch):
     monkeypatch.setitem(sys.modules, "tensorflow", None)
     monkeypatch.delitem(sys.modules, "tensorflow")
-
-
-def test_no_import_changes_the_numerics_of_a_strangers_program():
-    uses = [
-        "import labkit, labkit.train, labkit.cli",
-        "from labkit import QueueRunner, UsageMonitor, diagnose, model_fn, plots",
-        "from labkit.quiet import tf",
-    ]
-    ask = f"print(os.environ.get('{NAME}'))"
-    assert in_a_program("\n".join(f"{use}\n{ask}" for use in uses)) == ["None"] * 3
-
-
-def test_labkits_own_training_asks_for_onednn_before_tensorflow_is_there():
-    flags = "--epochs 1 --steps 1 --delay 0 --capacity 96 --min_after_dequeue 0"
-    program = f"from labkit.cli import main; main('{flags}'.split())"
-    assert in_a_program(f"{program}\nprint(os.environ['{NAME}'])")[-1] == "1"
 
 
 @pytest.mark.parametrize(("before", "after"), [(None, "1"), ("0", "0"), ("false", "false")])
@@ -240,14 +214,6 @@ def test_tensorflow_itself_is_asked_once_it_is_there(on, variable, x86, monkeypa
     x86(OLD)
     variable("0" if on else "1")
     assert (onednn_note() is None) == on
-
-
-def test_a_variable_set_after_tensorflow_has_read_it_deceives_nobody():
-    program = (
-        f"os.environ['{NAME}'] = '0'\nimport tensorflow\nos.environ['{NAME}'] = '1'\n"
-        "from labkit import machine; print(machine._onednn_is_on())"
-    )
-    assert in_a_program(program) == ["False"]
 
 
 def test_there_is_no_note_where_tensorflow_has_no_onednn(x86, monkeypatch):

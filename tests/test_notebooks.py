@@ -134,8 +134,8 @@ def test_a_notebook_that_is_opened_and_saved_stays_as_it_was(name):
     assert not timed, "make it again as CONTRIBUTING.md says"
 
 
-# In every run: graphs, faults and processes; Keras. nbmake runs them all once.
-OFTEN = ("06_when_things_break", "07_your_own_data")
+# In every run: graphs, faults and processes. nbmake runs them all once.
+OFTEN = ("06_when_things_break",)
 
 
 @pytest.mark.parametrize(

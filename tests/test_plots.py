@@ -44,23 +44,23 @@ def boxes(figure: Figure) -> dict[str, object]:
     }
 
 
-def cut(figure: Figure) -> list[str]:
+def cut(figure: Figure, found: dict[str, object]) -> list[str]:
     """The texts that the canvas cuts."""
     width, height = figure.bbox.width, figure.bbox.height
     return [
         words
-        for words, box in boxes(figure).items()
+        for words, box in found.items()
         if box.x0 < -1 or box.y0 < -1 or box.x1 > width + 1 or box.y1 > height + 1
     ]
 
 
-def overlapping(figure: Figure) -> list[tuple[str, str]]:
+def overlapping(found: dict[str, object]) -> list[tuple[str, str]]:
     """Pairs of texts that lie on each other."""
-    found = list(boxes(figure).items())
+    texts = list(found.items())
     return [
         (one, other)
-        for number, (one, box) in enumerate(found)
-        for other, second in found[number + 1 :]
+        for number, (one, box) in enumerate(texts)
+        for other, second in texts[number + 1 :]
         if min(box.x1, second.x1) - max(box.x0, second.x0) > 1
         and min(box.y1, second.y1) - max(box.y0, second.y0) > 1
     ]
@@ -132,8 +132,9 @@ FIGURES = {
 @pytest.mark.parametrize("title", ["Short", LONG], ids=["short", "long"])
 def test_no_text_is_cut_and_none_lies_on_another(draw, title):
     figure = draw(title)
-    assert not cut(figure)
-    assert not overlapping(figure)
+    found = boxes(figure)
+    assert not cut(figure, found)
+    assert not overlapping(found)
     assert title.split()[0] in figure.get_suptitle()
 
 
@@ -142,15 +143,17 @@ def test_the_check_finds_a_title_that_is_cut_and_texts_on_each_other():
     figure.subplots().set_title(LONG)
     figure.text(0.5, 0.5, "one")
     figure.text(0.5, 0.51, "other")
-    assert [words.split(" ", 1)[1] for words in cut(figure)] == [LONG]
-    assert [tuple(w.split(" ", 1)[1] for w in pair) for pair in overlapping(figure)] == [
+    found = boxes(figure)
+    assert [words.split(" ", 1)[1] for words in cut(figure, found)] == [LONG]
+    assert [tuple(w.split(" ", 1)[1] for w in pair) for pair in overlapping(found)] == [
         ("one", "other")
     ]
 
 
 def test_the_cheat_sheet_is_whole_and_black_and_white():
     page = cheat_sheet.page()
-    assert not cut(page) and not overlapping(page)
+    found = boxes(page)
+    assert not cut(page, found) and not overlapping(found)
     canvas = FigureCanvasAgg(page)
     canvas.draw()
     red, green, blue, _ = np.moveaxis(np.asarray(canvas.buffer_rgba()).astype(int), -1, 0)

@@ -62,25 +62,19 @@ with labkit.QueueRunner(Mine().batches, 2, 2, "process", **small) as runner:
 EXPECTED = str(sorted(3 * (number // 2) for number in range(16)))
 
 
-def test_a_class_of_the_main_script_travels_without_a_main_guard(tmp_path):
-    """Like a notebook: the script has no `if __name__ == "__main__"` and must not run again."""
-    done = run_program(NOTEBOOK_CELL, tmp_path)
-    assert done.stdout.splitlines() == [EXPECTED], done.stderr
-
-
-def test_it_works_inside_a_child_of_multiprocessing(tmp_path):
-    head, tail = NOTEBOOK_CELL.split("with labkit")
-    cell = f"{head}def main():\n    with labkit{tail}".replace("    print", "        print")
+def test_a_class_of_the_main_script_travels_without_a_main_guard_and_in_a_child_too(tmp_path):
+    """Like a notebook: the script has no `if __name__ == "__main__"` and must not run again, but
+    by a child of multiprocessing, which runs it before its target."""
     main = """
 if __name__ == "__main__":
     import multiprocessing
 
-    child = multiprocessing.get_context("spawn").Process(target=main)
+    child = multiprocessing.get_context("spawn").Process(target=print, args=["the child's target"])
     child.start()
     child.join()
 """
-    done = run_program(cell + main, tmp_path)
-    assert done.stdout.splitlines() == [EXPECTED], done.stderr
+    done = run_program(NOTEBOOK_CELL + main, tmp_path)
+    assert done.stdout.splitlines() == [EXPECTED, EXPECTED, "the child's target"], done.stderr
 
 
 @pytest.mark.parametrize("where", ["attribute", "closure", "global"])

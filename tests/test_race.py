@@ -93,7 +93,7 @@ def made():
     """A race that nobody ran, with round numbers."""
     results = Results.of(3, 1.0)
     results.data["machine"]["cores"] = 2
-    results.enter("a, 2 workers", "a", 2, True)
+    results.enter("a, 2 workers", "a", 2)
     names = {"labkit auto": [99, 98, 90], "labkit threads": [80, 101, 85], "serial loop": [50] * 3,
              "tf.data map, own pool": [100, 100, 100]}  # fmt: skip
     for name in CONTESTANTS:
@@ -125,6 +125,10 @@ def test_ratios_are_paired_by_round_and_a_difference_within_them_is_a_tie(tmp_pa
     assert "Untuned labkit: labkit auto / tf.data map, own pool: 0.98, 0.90 to 0.99 (a tie)" in text
     assert ", PyTorch DataLoader, " in text and " | not run: it is left out here |" in text
     assert "num_parallel_calls=n" in text and "tensorflow 2" in text
+    assert "nobody mixes samples" in text
+    earlier = made()
+    earlier.data["rows"][place]["mixed_by_labkit"] = True
+    assert "labkit mixes samples, the others do not" in str(earlier)
     results.note(place, "serial loop", 3, {"error": "it broke"})
     assert "| serial loop | failed 1 of 4: it broke |" in str(results)
     results.save(tmp_path / "race.json")
@@ -193,6 +197,9 @@ def test_who_does_not_run_is_named_with_the_reason(monkeypatch):
             assert ((n, name) in run) != (name in results.data["rows"][place]["left_out"])
     said = track._announced(heats, results, 3, 1.0)
     assert f"{3 * len(heats)} runs, about" in said and "torch is not installed" in said
+    assert ": 2 rows, " in said and " 3 rounds: " in said
+    alone = track._announced(heats[:3], Results({"rows": {"small": {"left_out": {}}}}), 1, 1.0)
+    assert alone.startswith("labkit.race: 1 row, 1 contestant, 1 round: 3 runs, about ")
 
 
 def test_rows_and_contestants_are_picked_by_parts_of_their_names():
@@ -230,6 +237,8 @@ def test_the_rows_make_what_they_say(tmp_path):
         if "free" in name:
             assert 90e3 < images.nbytes < 110e3 if "100 KB" in name else 19e6 < images.nbytes < 20e6
             assert images.dtype == name.split()[-1]
+        ready = wanted.queue["capacity"] / wanted.batch_size
+        assert ready == (4 if "19 MB" in name else 20) and wanted.queue["shuffle"] is False
         again = next(wanted.factory(3, 5))
         if name != "NumPy augmentation":
             assert np.array_equal(images, again[0]) and images is not again[0]

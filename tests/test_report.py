@@ -450,6 +450,7 @@ def test_worker_processes_find_the_module_too(module, monkeypatch):
     assert main([f"{module}:batches", "--model", f"{module}:step"]) == 0
 
 
+@pytest.mark.slow  # a program; that of labkit.train shows the same
 def test_the_screen_shows_nothing_of_tensorflows_start(module):
     with open(f"{module}.py", "a") as text:
         text.write("import tensorflow")

@@ -12,7 +12,7 @@ from labkit.engine.messages import Skipped
 from labkit.engine.pool import Job
 from labkit.engine.produce import IteratorFactory
 from labkit.quiet import tf
-from tests.consumers import in_dataset
+from tests.consumers import in_dataset, in_graph
 
 SMALL = {"capacity": 64, "min_after_dequeue": 8, "on_error": "skip"}
 BAD = {0, 5, 11}  # batch 7 has another shape
@@ -70,7 +70,15 @@ def of_one_thread():
     return taken(QueueRunner(by_object(30, BAD), 4, **SMALL, order="fixed", seed=3))[0]
 
 
-@pytest.mark.parametrize("made", [by_object, by_generator])
+@pytest.mark.parametrize(
+    ("made", "workers", "consume"),
+    [
+        (by_object, "thread", in_graph),
+        (by_object, "process", in_dataset),
+        (by_generator, "thread", in_dataset),
+        (by_generator, "process", in_graph),
+    ],
+)
 def test_a_bad_batch_is_left_out_counted_and_told_and_uses_its_turn(made, workers, consume):
     fixed = {"order": "fixed", "seed": 3, "samples": 120}
     runner = QueueRunner(made(30, BAD), 4, 2, workers, **SMALL, **fixed)

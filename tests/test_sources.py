@@ -362,6 +362,7 @@ def test_a_pydataset_that_changes_between_epochs_is_not_copied_into_processes():
         runner.dataset()
 
 
+@pytest.mark.slow
 def test_one_that_does_not_is():
     # Its worker imports Keras with it, which takes long on a busy machine.
     runner = QueueRunner(Batches(), 4, 1, "process", timeout=None, **SMALL)

@@ -214,15 +214,10 @@ def test_flaw_11_the_model_builds_where_keras_3_took_the_layers_away():
     assert np.isfinite(loss)
 
 
-@pytest.mark.parametrize(
-    ("delay", "step", "says"), [(0.03, 0.002, "Input-bound"), (0.0, 0.03, "Model-bound")]
-)
-def test_flaw_12_it_says_what_the_bottleneck_is_and_how_many_workers_cure_it(delay, step, says):
-    data = MnistDataGenerator(32, sleep(delay))
+def test_flaw_12_it_says_what_the_bottleneck_is_and_how_many_workers_cure_it():
+    """tests/test_diagnosis.py has the other bottleneck, the model."""
+    data = MnistDataGenerator(32, sleep(0.03))
     given = {"seconds": 5, "progress": False, "workers": "thread"}  # processes take long to start
-    report = labkit.diagnose(data.passes_iterator, step, **given)
-    assert report.verdict.startswith(says)
-    if says == "Input-bound":
-        assert report.best.n >= 4 and report.speed_up > 2
-    else:
-        assert "none" in report.verdict
+    report = labkit.diagnose(data.passes_iterator, 0.002, **given)
+    assert report.verdict.startswith("Input-bound")
+    assert report.best.n >= 4 and report.speed_up > 2

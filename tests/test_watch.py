@@ -194,8 +194,7 @@ def counted(n, fails_at=None):
     return tf.data.Dataset.from_generator(factory, output_signature=spec)
 
 
-@pytest.mark.parametrize("together", [1, 8])
-@pytest.mark.parametrize("known", [False, True])
+@pytest.mark.parametrize(("together", "known"), [(1, True), (8, False)])
 def test_batches_taken_ahead_are_trained_on_in_their_order(together, known):
     calls, losses, kept = LONG if together == 1 else 20, [], labkit.watch()
     steps = calls * together + (0 if known else 3)
