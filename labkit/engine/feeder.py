@@ -365,10 +365,14 @@ class _LostInterrupt:
     def __init__(self, queue: Queue, terms: Terms) -> None:
         self.queue, self.terms = queue, terms
         ear.came_since(0.0)  # what is not heard yet belongs to what was before
-        self.began = time.monotonic()
+        self.began = self.look_again = time.monotonic()
         self.taken: int | None = None  # by the consumer, at the first look after the Ctrl-C
 
     def check(self, put: int) -> None:
+        now = time.monotonic()
+        if now < self.look_again:  # to look takes a fifth of what it takes to put a small batch in
+            return
+        self.look_again = now + _TICK
         ago = ear.came_since(self.began)
         if ago is None or ago < 1.0:
             return

@@ -1,6 +1,7 @@
 """Memory for copies: aligned, and warm where arrays are large."""
 
 import collections
+import math
 import weakref
 from collections.abc import Sequence
 from typing import Any
@@ -46,13 +47,13 @@ _warm: dict[int, _Warm] = {}  # by size
 
 def _start(raw: np.ndarray) -> int:
     """Bytes to its first aligned one."""
-    return -raw.ctypes.data % _ALIGNED
+    return -int(raw.__array_interface__["data"][0]) % _ALIGNED
 
 
 def aligned_empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
     """An array, not filled, that TensorFlow takes as it lies. Nobody else has its memory until it
     and all views of it are gone."""
-    nbytes = dtype.itemsize * int(np.prod(shape))
+    nbytes = dtype.itemsize * math.prod(shape)
     if nbytes < _LARGE:
         raw = np.empty(nbytes + _ALIGNED, np.uint8)
         start = _start(raw)

@@ -11,12 +11,14 @@ import pickle
 import sys
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from labkit.engine import cluster
 from labkit.engine.tracebacks import describe
 from labkit.instruments.race import group, ours, peers, tensorflows
 from labkit.instruments.race.entry import CONTESTANTS
@@ -152,7 +154,8 @@ def drive(task: Task) -> Lap:
             for batch in task.row.factory():
                 lap.step(*batch)
         else:
-            contestant.run(task.row, task.n, lap)
+            with cluster.patience() if contestant.package == "ray" else nullcontext():
+                contestant.run(task.row, task.n, lap)
     except Finished:
         return lap
     raise RuntimeError(f"race: {task.contestant} ended after {lap.steps} steps.")

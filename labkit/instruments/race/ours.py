@@ -29,7 +29,7 @@ def feed_dict(row: Any, n: int, lap: Any) -> None:
 
 @contestant("labkit threads")
 def threads(row: Any, n: int, lap: Any) -> None:
-    """workers="thread"; samples are mixed where the row says so"""
+    """workers="thread", shuffle=False"""
     import labkit
 
     with labkit.QueueRunner(row.factory, row.batch_size, n, **row.queue) as runner:
@@ -39,7 +39,7 @@ def threads(row: Any, n: int, lap: Any) -> None:
 
 @contestant("labkit processes", processes=True)
 def processes(row: Any, n: int, lap: Any) -> None:
-    """workers="process"; samples are mixed where the row says so"""
+    """workers="process", shuffle=False"""
     import labkit
 
     with labkit.QueueRunner(row.factory, row.batch_size, n, "process", **row.queue) as runner:
@@ -49,7 +49,7 @@ def processes(row: Any, n: int, lap: Any) -> None:
 
 @contestant("labkit fixed order")
 def fixed(row: Any, n: int, lap: Any) -> None:
-    """threads, order="fixed", seed=0; samples are mixed where the row says so"""
+    """threads, order="fixed", seed=0, shuffle=False"""
     import labkit
 
     options = {"order": "fixed", "seed": 0, **row.queue}
@@ -60,7 +60,7 @@ def fixed(row: Any, n: int, lap: Any) -> None:
 
 @contestant("labkit auto", own_number=True, before=5.0)
 def auto(row: Any, n: int, lap: Any) -> None:
-    """n_workers="auto", workers="auto"; samples are mixed where the row says so"""
+    """n_workers="auto", workers="auto", shuffle=False"""
     import labkit
 
     with labkit.QueueRunner(row.factory, row.batch_size, "auto", "auto", **row.queue) as runner:

@@ -58,10 +58,8 @@ class Results:
 
     # ---------------------------------------------------------------- while it runs
 
-    def enter(self, place: str, row: str, n: int, mixed: bool) -> None:
-        self.data["rows"][place] = {
-            "row": row, "workers": n, "mixed_by_labkit": mixed, "rounds": {}, "left_out": {}
-        }  # fmt: skip
+    def enter(self, place: str, row: str, n: int) -> None:
+        self.data["rows"][place] = {"row": row, "workers": n, "rounds": {}, "left_out": {}}
 
     def contestant(self, place: str, entry: Contestant, n: int, reason: str) -> None:
         if not entry.missing():
@@ -140,8 +138,10 @@ class Results:
     def table(self, place: str) -> str:
         """A row's contestants, the fastest first, in Markdown."""
         row, ranked = self.data["rows"][place], self.ranked(place)
-        mixing = "labkit mixes samples, the others do not" if row["mixed_by_labkit"] else ""
-        lines = [f"### {place}", "", mixing or "nobody mixes", "", _HEAD]
+        # In files of before there was shuffle=False for all rows.
+        mixes = "labkit mixes samples, the others do not"
+        mixing = mixes if row.get("mixed_by_labkit") else "nobody mixes samples"
+        lines = [f"### {place}", "", mixing, "", _HEAD]
         for name in ranked:
             # Who chooses the number of workers is no measure for who was told it.
             own = self.data["contestants"][name]["own_number"]

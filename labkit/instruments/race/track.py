@@ -198,7 +198,7 @@ def _heats(
     for row in chosen:
         for n in row.workers:
             place = Heat(row, n, "").place
-            results.enter(place, row.name, n, row.mixed)
+            results.enter(place, row.name, n)
             if n == row.workers[0]:
                 yield from (Heat(row, n, name) for name in (CONSTANT, ALONE))
             for entry in CONTESTANTS.values():
@@ -228,11 +228,16 @@ def _announced(heats: list[Heat], results: Results, rounds: int, seconds: float)
     absent = sorted({r for row in results.data["rows"].values() for r in row["left_out"].values()})
     absent = [reason for reason in absent if reason.endswith("is not installed")]
     return (
-        f"labkit.race: {len(results.data['rows'])} rows, {len(names)} contestants, {rounds} rounds:"
-        f" {rounds * len(heats)} runs, about "
+        f"labkit.race: {_counted(len(results.data['rows']), 'row')}, "
+        f"{_counted(len(names), 'contestant')}, {_counted(rounds, 'round')}: "
+        f"{_counted(rounds * len(heats), 'run')}, about "
         + (f"{took:.0f} s." if took < 120 else f"{took / 60:.0f} min.")
         + "".join(f"\nlabkit.race: not run: {reason}." for reason in absent)
     )
+
+
+def _counted(n: int, what: str) -> str:
+    return f"{n} {what}{'s' * (n != 1)}"
 
 
 def _said(found: dict[str, Any]) -> str:

@@ -17,6 +17,7 @@ from labkit.engine.produce import IteratorFactory
 from labkit.workloads import busy_python, distort
 
 _SIZE = 32
+_READY = 1 << 26  # bytes
 Batch = tuple[np.ndarray, ...]
 
 
@@ -28,14 +29,12 @@ class Row:
         name: as the table has it.
         make: a new batch, by its number: for those that map a function over an index.
         workers: the numbers of workers that it is raced with.
-        mixed: labkit mixes samples of this row; others hand batches on as they were made.
         trains: a step trains the CNN; or else it only takes the batch.
     """
 
     name: str
     make: Callable[[int], Batch]
     workers: tuple[int, ...]
-    mixed: bool = True
     trains: bool = True
 
     def factory(self, worker: int = 0, n_workers: int = 1) -> Iterator[Batch]:
@@ -50,10 +49,11 @@ class Row:
 
     @property
     def queue(self) -> dict[str, Any]:
-        """QueueRunner's arguments for this row."""
-        if not self.mixed:
-            return {"capacity": 4 * self.batch_size, "shuffle": False}
-        return {"capacity": 20 * self.batch_size, "min_after_dequeue": 10 * self.batch_size}
+        """QueueRunner's arguments for this row: batches are handed on as they were made, as by all
+        the others, and as many of them lie ready as take 64 MB, but 4 to 20."""
+        batch = self.make(0)
+        ready = _READY // sum(part.nbytes for part in batch)
+        return {"capacity": min(max(ready, 4), 20) * len(batch[0]), "shuffle": False}
 
 
 class Small:
@@ -197,6 +197,6 @@ def rows(folder: Path) -> list[Row]:
         Row("32 JPEG files", Jpeg.written(folder), (2,)),
         Row("free 100 KB float32", Small(), (1,)),
         Row("free 100 KB uint8", Small(dtype="uint8"), (1,)),
-        Row("free 19 MB float32", Large("float32"), (2,), mixed=False, trains=False),
-        Row("free 19 MB uint8", Large("uint8"), (2,), mixed=False, trains=False),
+        Row("free 19 MB float32", Large("float32"), (2,), trains=False),
+        Row("free 19 MB uint8", Large("uint8"), (2,), trains=False),
     ]
