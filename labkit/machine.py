@@ -5,7 +5,6 @@ import math
 import os
 import platform
 import sys
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -62,6 +61,8 @@ def _quota_v1(group: Path) -> list[str]:
 def describe_machine() -> dict[str, Any]:
     """Processor, usable cores, NVIDIA GPUs where there are any, and versions: what a reader needs
     beside a figure."""
+    # Here, since each worker process imports this file, and with it a tenth as much as NumPy.
+    from importlib.metadata import PackageNotFoundError, version
 
     def installed(package: str) -> str:
         try:

@@ -80,7 +80,12 @@ def pytest_collection_modifyitems(items):
     its tests, none is kept.
     """
     place = {name: at for at, name in enumerate(_LONGEST)}
-    items.sort(key=lambda item: min((place[n] for n in place if n in item.nodeid), default=99))
+
+    def of_its_file(item):
+        file = item.nodeid.split("::")[0]  # the tests of a file stay together
+        return min((place[name] for name in place if name in file), default=99)
+
+    items.sort(key=of_its_file)
 
 
 def pytest_collection_finish():

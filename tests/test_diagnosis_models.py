@@ -117,9 +117,9 @@ def dense_model(**first):
     return [layers.Dense(8, **first), layers.BatchNormalization(), layers.Dropout(0.5)]
 
 
-def compiled(model, **more):
+def compiled(model):
     rate = tf.keras.optimizers.schedules.ExponentialDecay(0.1, 2, 0.5)
-    model.compile(tf.keras.optimizers.Adam(rate), "mse", metrics=["mae"], jit_compile=False, **more)
+    model.compile(tf.keras.optimizers.Adam(rate), "mse", metrics=["mae"], jit_compile=False)
     return model
 
 
@@ -132,7 +132,7 @@ def functional_of_a_dict():
     x = tf.keras.layers.Concatenate()(list(inputs.values()))
     for layer in [*dense_model(), tf.keras.layers.Dense(1)]:
         x = layer(x)
-    return compiled(tf.keras.Model(inputs, x), run_eagerly=True)
+    return compiled(tf.keras.Model(inputs, x))
 
 
 def subclass_of_a_pair():
@@ -147,7 +147,7 @@ def subclass_of_a_pair():
                 x = layer(x, training=training) if layer is not self.body[0] else layer(x)
             return self.head(x)
 
-    return compiled(Pair(), run_eagerly=True)
+    return compiled(Pair())
 
 
 def own_loss():
@@ -162,7 +162,7 @@ def own_loss():
             return made
 
     model = Code()
-    model.compile("adam", jit_compile=False, run_eagerly=True)
+    model.compile("adam", jit_compile=False)
     return model
 
 
@@ -221,10 +221,10 @@ def same(before, after):
 @pytest.mark.parametrize(
     ("make", "form"),
     [
-        (sequential, "x y"),
+        pytest.param(sequential, "x y", marks=pytest.mark.slow),
         (functional_of_a_dict, "dict"),
         (subclass_of_a_pair, "pair y weights"),
-        (own_loss, "x"),
+        pytest.param(own_loss, "x", marks=pytest.mark.slow),
         (two_optimizers, "array"),
     ],
 )

@@ -1,15 +1,14 @@
-"""Which Ray: the one that this process uses already, one at an address, or one of labkit's own."""
+"""Which Ray: the one that this process uses already, one at an address, or one of labkit's own.
+
+Each worker process imports this file, so what only a cluster needs is imported where it is needed.
+"""
 
 import atexit
 import contextlib
 import os
-import secrets
-import shutil
 import socket
 from collections.abc import Callable, Iterator
 from typing import Any
-
-import psutil
 
 from labkit.machine import usable_cores
 
@@ -108,6 +107,8 @@ def _start_own(ray: Any) -> None:
     """
     global _own
     if not any(name.startswith("RAY_AUTH_") for name in os.environ):
+        import secrets
+
         os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)  # Ray itself turns the asking on
     try:
         with _environment(SLOW), patience():
@@ -159,6 +160,10 @@ def patience() -> Iterator[None]:
 
 
 def _store_bytes() -> int:
+    import shutil
+
+    import psutil
+
     free = psutil.virtual_memory().available
     with contextlib.suppress(OSError):
         free = min(free, 2 * shutil.disk_usage("/dev/shm").free)

@@ -8,7 +8,6 @@ actor is told beside that (another pass, the stop) goes past the calls that wait
 """
 
 import collections
-import concurrent.futures
 import contextlib
 import pickle
 import queue
@@ -324,7 +323,9 @@ class RayPool(Pool):
         if self._ray.is_initialized():
             # Their last calls fail once they are gone.
             last = [future for actor in living for _, future in actor.calls]
-            concurrent.futures.wait(last, max(0.0, deadline - time.monotonic()))
+            from concurrent.futures import wait  # a worker process would import logging with it
+
+            wait(last, max(0.0, deadline - time.monotonic()))
         self._actors.clear()
         self._packed = None
         return []
