@@ -51,7 +51,9 @@ def test_a_waiting_generator_gets_threads():
         assert next(iter(runner.dataset()))[0].shape == (8, 4)
 
 
-def test_what_a_batch_computes_is_measured_on_a_busy_machine_too(few_settings):
+def test_what_a_batch_computes_is_measured_on_a_busy_machine_too_and_can_be_checked(
+    few_settings, capsys
+):
     """By its processor time, which other programs do not change. What follows from that, and from
     the rates, is tested by numbers."""
     computes = labkit.diagnose(heavy(busy_python(0.02)), 0.002, **VERY_QUICK)
@@ -63,6 +65,14 @@ def test_what_a_batch_computes_is_measured_on_a_busy_machine_too(few_settings):
     # The batches on their way; and an interpreter with NumPy.
     assert 0 < thread.memory < 1e5 < 2e6 < process.memory < process.free
     assert computes.ready_rate > 0 and "Headroom" in str(computes) and "Memory: " in str(computes)
+    # check measures the recommendation and two others, and prints them.
+    rows = computes.check(0.3)
+    assert rows[0] is computes.best and len(rows) == 3
+    assert {row.workers for row in rows} == {"thread", "process"}
+    assert all(row.measured and row.measured > 0 for row in rows)
+    assert sum(row.measured is not None for row in computes.rows) == 3
+    printed = capsys.readouterr().out
+    assert computes.table() in printed and all(f"{row.measured:.1f}" in printed for row in rows)
 
 
 @pytest.mark.parametrize(
@@ -92,17 +102,6 @@ def test_where_the_model_is_the_bottleneck_it_says_that_nothing_is_to_be_had(few
     assert report.leave and "leave your loop" in str(report)
     assert report.nature == "costs next to nothing"
     assert report.speed_up < 1.2 and report.best.n == 1 and report.best.workers == "thread"
-
-
-def test_check_measures_the_recommendation_and_two_others_and_prints_them(few_settings, capsys):
-    report = labkit.diagnose(heavy(sleep(0.01)), 0.002, **VERY_QUICK)
-    rows = report.check(0.3)
-    assert rows[0] is report.best and len(rows) == 3
-    assert {row.workers for row in rows} == {"thread", "process"}
-    assert all(row.measured and row.measured > 0 for row in rows)
-    assert sum(row.measured is not None for row in report.rows) == 3
-    printed = capsys.readouterr().out
-    assert report.table() in printed and all(f"{row.measured:.1f}" in printed for row in rows)
 
 
 def test_an_unpicklable_factory_still_gets_a_report_for_threads():

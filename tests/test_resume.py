@@ -63,19 +63,20 @@ UNEVEN = [4, 0, 9, 1, 30, 4, 4, 3, 0, 0, 7] * 3
 
 
 @pytest.mark.parametrize(
-    ("sizes", "options"),
+    ("sizes", "options", "stops"),
     [
-        ([4] * 40, {"n_workers": 3}),
-        ([4] * 40, {"n_workers": 2, "shuffle": False, "min_after_dequeue": None}),
-        (UNEVEN, {"n_workers": 3}),
-        (UNEVEN, {"n_workers": 2, "min_after_dequeue": 5, "batch_size": 7}),
-        (UNEVEN, {"n_workers": 1, "min_after_dequeue": 0, "batch_size": 1}),
-        ([50], {"n_workers": 2}),
+        ([4] * 40, {"n_workers": 3}, (1, 12, -1)),
+        ([4] * 40, {"n_workers": 2, "shuffle": False, "min_after_dequeue": None}, (1, -1)),
+        (UNEVEN, {"n_workers": 3}, (12, -1)),
+        (UNEVEN, {"n_workers": 2, "min_after_dequeue": 5, "batch_size": 7}, (1, 13)),
+        (UNEVEN, {"n_workers": 1, "min_after_dequeue": 0, "batch_size": 1}, (93, -1)),
+        ([50], {"n_workers": 2}, (1, 4)),
     ],
 )
-def test_another_runner_delivers_what_would_have_come_next(sizes, options, recwarn):
+def test_another_runner_delivers_what_would_have_come_next(sizes, options, stops, recwarn):
     whole = passes(shares(sizes), **options)
-    for stop_after, starts in ((1, True), (len(whole[0]) // 2, False), (len(whole[0]), True)):
+    for stop in stops:
+        stop_after, starts = stop % (len(whole[0]) + 1), stop % 2 == 1  # -1: behind the last
         came, there = passes(shares(sizes), stop_after=stop_after, **options)
         assert came == whole[0][:stop_after]
         assert len(there) < 700
