@@ -61,7 +61,8 @@ LAW = [
 ONLY = [
     ({"checks"}, set()),
     ({"data", "workloads", "sources", "collate"}, {"numpy"}),
-    ({"machine"}, {"tensorflow"}),  # asked about oneDNN, where it is imported already
+    # TensorFlow is asked about oneDNN, where it is imported already; NVML for the names of GPUs.
+    ({"machine"}, {"tensorflow", "pynvml"}),
     ({"instruments.plots", "instruments.picture"}, {"numpy", "matplotlib"}),
     ({"instruments.history", "instruments.step_timer", "instruments.waiting"}, set()),
     ({"instruments.live", "instruments.magics"}, {"IPython"}),
