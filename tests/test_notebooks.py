@@ -34,7 +34,8 @@ fewer = Mnist(x_train, y_train, x_test[:1000], y_test[:1000])
 labkit.data.load_mnist = load_mnist = lambda: fewer""",
     "04_timing_and_gpu_use": """EPOCHS, STEPS, PAUSE = 1, 20, 0.005
 COMPUTE_STEPS, CASE_STEPS, ROUNDS = 20, 10, 1""",
-    "05_threads_or_processes": """SETTLE, SECONDS, ROUNDS, COMPUTE_STEPS, CROWD, FEW = 0, 0.1, 1, 20, 1, 4
+    "05_threads_or_processes": """SETTLE, SECONDS, ROUNDS, COMPUTE_STEPS = 0, 0.1, 1, 20
+CROWD, FEW = 1, 4
 SETTINGS = (("thread", 1), ("thread", 2), ("process", 2))
 del WORK["NumPy"]""",
     # More good batches than the queue holds, and time for a process to start on a busy machine:
