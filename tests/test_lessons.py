@@ -1,13 +1,21 @@
-"""What stands around the lessons: answers that are folded, predictions that are checked, links."""
+"""What stands around the lessons: answers that are folded, predictions that are checked, links, the
+way from the web to a notebook that runs."""
 
+import importlib.util
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import nbformat
 import pytest
 
+from tests import address as addresses
+
 ROOT = Path(__file__).resolve().parents[1]
 LESSONS = sorted((ROOT / "notebooks").glob("[0-9]*.ipynb"))
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+MADE_UP = "https://github.com/some-one/lab.kit"
 PAGES = [*ROOT.glob("*.md"), *(ROOT / "notebooks").rglob("*.md")]
 
 
@@ -43,6 +51,8 @@ def test_what_gives_an_answer_away_is_folded_and_nothing_else():
                 assert "labkit.check(" in cell.source
             elif "experiment" in cell.metadata.get("tags", ()):
                 assert folded == {"outputs_hidden": True}  # until the reader has predicted
+            elif "install" in cell.metadata.get("tags", ()):
+                assert folded == {"source_hidden": True}
             else:
                 assert not folded
 
@@ -67,7 +77,7 @@ def links(text):
 
 def test_every_link_leads_somewhere():
     texts = {page: page.read_text() for page in PAGES}
-    for path in (ROOT / "notebooks").glob("*.ipynb"):
+    for path in NOTEBOOKS:
         cells = read(path).cells
         texts[path] = "\n".join(cell.source for cell in cells if cell.cell_type == "markdown")
     dead = [
@@ -81,5 +91,67 @@ def test_every_link_leads_somewhere():
 
 
 def test_widgets_leave_their_pictures_alone_in_what_is_committed():
-    for path in (ROOT / "notebooks").glob("*.ipynb"):
+    for path in NOTEBOOKS:
         assert "vnd.jupyter.widget" not in path.read_text(), "make it again: python -m tests.remake"
+
+
+# -- from the web ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_a_notebook_has_the_address_that_pyproject_has(path):
+    text, known = path.read_text(), addresses.address()
+
+    def written(address, text=text):
+        book = addresses.addressed(nbformat.reads(text, 4), path.name, address)
+        return book, nbformat.writes(book) + "\n"
+
+    assert written(known)[1] == text, "python -m tests.address"
+    first, install = read(path).cells[:2]
+    assert ("Open in Colab" in first.source) == bool(addresses.badge(known, path.name))
+    assert f'REPOSITORY = "{known}"' in install.source
+    # With one, it is in both; to take it away again leaves no trace.
+    book, other = written(MADE_UP)
+    opened = f"/github/some-one/lab.kit/blob/main/notebooks/{path.name})"
+    assert book.cells[0].source.split("\n")[2].endswith(opened)
+    assert f'REPOSITORY = "{MADE_UP}"' in book.cells[1].source
+    assert len(book.cells) == len(read(path).cells)
+    assert written(known, other)[1] == text
+
+
+def test_a_badge_is_drawn_where_colab_can_open_the_notebook():
+    of_git = addresses.badge(f"{MADE_UP}.git", "a.ipynb")
+    assert of_git == addresses.badge(MADE_UP, "a.ipynb") != ""
+    assert addresses.badge("", "a.ipynb") == ""
+    assert addresses.badge("https://example.org/some-one/labkit", "a.ipynb") == ""
+
+
+def test_a_citation_gets_the_address_and_loses_it():
+    text = (ROOT / "CITATION.cff").read_text()
+    without = addresses.cited(text, "")
+    assert addresses.cited(text, addresses.address()) == text
+    known = addresses.cited(without, MADE_UP)
+    assert f"\nrepository-code: {MADE_UP}\n" in known
+    assert addresses.cited(known, "") == without and "repository-code" not in without
+
+
+def test_the_install_cell_installs_where_labkit_is_missing_and_else_does_nothing(monkeypatch):
+    calls = []
+    monkeypatch.setattr(subprocess, "run", lambda *given, **named: calls.append((given, named)))
+
+    def run(address):
+        space = {}
+        exec(addresses.INSTALL.format(address=address), space)
+        return space
+
+    for address in ("", MADE_UP):
+        assert "subprocess" not in run(address)  # not even imported
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ImportError, match=r"labkit is not installed.*pip install -e"):
+        run("")
+    assert not calls
+    run(MADE_UP)
+    ((command,), named) = calls.pop()
+    wanted = f"labkit @ git+{MADE_UP}"
+    assert command == [sys.executable, "-m", "pip", "install", "--quiet", wanted]
+    assert named == {"check": True} and not calls

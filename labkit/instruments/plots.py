@@ -218,7 +218,8 @@ def grouped(
     for place, name in enumerate(names):
         at = np.arange(len(groups)) + (place - (len(names) - 1) / 2) * width
         drawn = ax.bar(at, [group[name] for group in groups.values()], width, label=name)
-        ax.bar_label(drawn, fmt="%.3g", padding=2, fontsize=8)
+        for text in ax.bar_label(drawn, fmt="%.3g", padding=2, fontsize=8):
+            text.set_bbox({"color": "white", "pad": 0.5})  # the bound may run through it
     if bound is not None:
         ax.axhline(bound, color=BOUND, linestyle="--", label=f"bound {bound:.3g}")
     ax.set_xticks(range(len(groups)), _wrapped(groups))

@@ -87,6 +87,7 @@ class Law:
             kind = widgets.IntSlider if isinstance(most, int) else widgets.FloatSlider
             slider = kind(value, min=least, max=most, description=name)
             slider.style.description_width = "initial"
+            slider.layout.width = "95%"  # of its column: else it ends on the next one's name
 
             def moved(change: Any, name: str = name) -> None:
                 self.values[name] = change["new"]
