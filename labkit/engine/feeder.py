@@ -370,7 +370,7 @@ class _LostInterrupt:
 
     def check(self, put: int) -> None:
         now = time.monotonic()
-        if now < self.look_again:  # to look takes a seventh of what it takes to put a small batch in
+        if now < self.look_again:  # to look is a seventh of what it takes to put a small batch in
             return
         self.look_again = now + _TICK
         ago = ear.came_since(self.began)
