@@ -11,12 +11,20 @@ from typing import Any
 
 import psutil
 
+from labkit.engine import interrupts
 from labkit.machine import usable_cores
 
 _ANSWERS = 10.0  # seconds
 _STORE = 0.3  # of the free memory
 # Time to start in, on a busy machine.
 SLOW = {"RAY_agent_register_timeout_ms": "120000", "RAY_worker_register_timeout_seconds": "120"}
+# Until a machine is taken for gone that does not answer any more; Ray's own takes 15 s.
+_NOTICES = {
+    "RAY_health_check_initial_delay_ms": "1000",
+    "RAY_health_check_period_ms": "1000",
+    "RAY_health_check_timeout_ms": "5000",
+    "RAY_health_check_failure_threshold": "5",
+}
 _own = ""  # the address of the cluster that labkit has started
 
 
@@ -107,8 +115,7 @@ def _start_own(ray: Any) -> None:
     of this process and of Ray's, on no disk; what a user has set stays.
     """
     global _own
-    if not any(name.startswith("RAY_AUTH_") for name in os.environ):
-        os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)  # Ray itself turns the asking on
+    _draw_token()
     try:
         with _environment(SLOW), patience():
             ray.init(
@@ -128,6 +135,58 @@ def _start_own(ray: Any) -> None:
     _own = ray.get_runtime_context().gcs_address
 
 
+def _draw_token() -> None:
+    if not any(name.startswith("RAY_AUTH_") for name in os.environ):
+        os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)  # Ray itself turns the asking on
+
+
+@contextlib.contextmanager
+def local_nodes(count: int, cores: int = 1, store: int = 150 << 20) -> Iterator[Any]:
+    """Several nodes on this machine, as if each were one: to try what a cluster does.
+
+    Yields Ray's `cluster_utils.Cluster`, to whose head this process is connected; the others are
+    its `worker_nodes`, and `remove_node(node, allow_graceful=False)` kills one. All end with the
+    block. Ray asks for a token that is drawn here.
+
+    Args:
+        count: nodes, the head included.
+        cores: that each says it has.
+        store: bytes of each one's object store.
+
+    Raises:
+        ImportError: Ray is not installed.
+        RuntimeError: this process uses a cluster already, which labkit did not start.
+    """
+    ray = imported()
+    close()
+    _draw_token()
+    if ray.is_initialized():
+        raise RuntimeError(
+            "labkit: local_nodes needs a process without a Ray cluster, got one that is connected. "
+            "Call ray.shutdown() first."
+        )
+    from ray._private import worker
+    from ray.cluster_utils import Cluster
+
+    told, ours = worker.print_to_stdstream, {**SLOW, **_NOTICES}
+    each = {"num_cpus": cores, "object_store_memory": store, "no_monitor": True}
+    each["include_log_monitor"] = False
+    nodes: Any = Cluster()
+    try:
+        with interrupts.held_back(), _environment(ours), patience():  # half a node stays behind
+            for _ in range(count):
+                nodes.add_node(**each)
+            # It would print the logs of each node that is killed.
+            setattr(worker, "print_to_stdstream", lambda *_, **__: None)  # noqa: B010
+            ray.init(address=nodes.address, log_to_driver=False, logging_level="ERROR")
+        yield nodes
+    finally:
+        with interrupts.held_back():
+            ray.shutdown()
+            nodes.shutdown()
+            worker.print_to_stdstream = told
+
+
 def close() -> None:
     """Ends the cluster that labkit has started, if there is one."""
     ray = imported()
@@ -138,11 +197,17 @@ def close() -> None:
 @contextlib.contextmanager
 def patience() -> Iterator[None]:
     """Nodes that start meanwhile do without Ray's limit of 15 s until its helpers are there, of
-    which none is needed: on a busy machine they take longer, and the node would give up."""
+    which none is needed: on a busy machine they take longer, and the node would give up. Nor do
+    they wait for the server of the dashboard, which nobody looks at."""
     from ray._private.node import Node
+    from ray._private.ray_constants import KV_NAMESPACE_DASHBOARD as DASHBOARD
     from ray._raylet import persist_port  # type: ignore[attr-defined]
 
-    start: Any = Node.start_raylet
+    start, serve = Node.start_raylet, Node.start_api_server
+
+    def serve_nothing(self: Any, **_: Any) -> None:
+        self._webui_url = ""
+        self.get_gcs_client().internal_kv_put(b"webui:url", b"", True, DASHBOARD)
 
     def start_without_them(self: Any, *args: Any, **kwargs: Any) -> Any:
         for port in ("metrics_agent_port", "metrics_export_port", "dashboard_agent_listen_port"):
@@ -151,11 +216,12 @@ def patience() -> Iterator[None]:
         given.runtime_env_agent_port = given.runtime_env_agent_port or _free_port()
         return start(self, *args, **kwargs)
 
-    setattr(Node, "start_raylet", start_without_them)  # noqa: B010
+    node: Any = Node
+    node.start_raylet, node.start_api_server = start_without_them, serve_nothing
     try:
         yield
     finally:
-        setattr(Node, "start_raylet", start)  # noqa: B010
+        node.start_raylet, node.start_api_server = start, serve
 
 
 def _store_bytes() -> int:
