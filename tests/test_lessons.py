@@ -1,6 +1,7 @@
 """What stands around the lessons: answers that are folded, predictions that are checked, links."""
 
 import re
+import sys
 from pathlib import Path
 
 import nbformat
@@ -56,6 +57,18 @@ def test_the_first_cell_says_what_it_takes_and_where_to_go_on(path):
     for other in LESSONS[max(0, place - 1) : place] + LESSONS[place + 1 : place + 2]:
         assert f"]({other.name})" in first
     assert f"](ja/{path.stem[:2]}.md)" in first and "](README.md)" in first
+
+
+def test_without_ray_the_committed_run_is_shown(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    monkeypatch.chdir(ROOT / "notebooks")
+    cells = read(ROOT / "notebooks" / "09_beyond_one_machine.ipynb").cells
+    space = {}
+    for cell in cells:
+        if cell.cell_type == "code":
+            exec(cell.source.replace("%matplotlib inline", ""), space)
+    assert "Ray is not installed here" in capsys.readouterr().out
+    assert space["run"] and space["once"]
 
 
 def links(text):

@@ -86,13 +86,19 @@ def _join(ray: Any, address: str) -> None:
     told = f"labkit: no Ray cluster answers at {address}, as given by {by}"
     otherwise = (
         "Correct it, start a cluster (ray start --head), or leave the address away: labkit then "
-        "starts one on this machine. If it asks for a token: RAY_AUTH_MODE=token, and its "
-        "RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH."
+        "starts one on this machine."
     )
     try:
         where = services.canonicalize_bootstrap_address(address)  # of "auto", what Ray has noted
         _await_answer(str(where))
+        _try_token(str(where))
         ray.init(address=address)
+    except ray.exceptions.AuthenticationError as error:
+        raise ConnectionError(
+            f"labkit: the Ray cluster at {address}, as given by {by}, asks for a token, and it is "
+            "not the one that this process has. Set RAY_AUTH_MODE=token, and the cluster's "
+            "RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH, before Ray is used."
+        ) from error
     except Exception as error:
         raise ConnectionError(f"{told}: {error}. {otherwise}") from error
 
@@ -107,15 +113,20 @@ def _await_answer(where: str) -> None:
             raise OSError("something else answers there")
 
 
+def _try_token(where: str) -> None:
+    """Raises AuthenticationError if it is the wrong one: Ray would try it 20 times."""
+    from ray._private.authentication import authentication_token_setup as token
+    from ray._raylet import GcsClient  # type: ignore[attr-defined]
+
+    token.maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
+    GcsClient(address=where)
+
+
 def _start_own(ray: Any) -> None:
     """A cluster of this machine alone, which ends with this process. Asked for 127.0.0.1, Ray takes
-    the machine's own address all the same.
-
-    Ray's servers run code for whoever has the token. It is drawn here, and lives in the environment
-    of this process and of Ray's, on no disk; what a user has set stays.
-    """
+    the machine's own address all the same."""
     global _own
-    _draw_token()
+    _ask_for_token()
     try:
         with _environment(SLOW), patience():
             ray.init(
@@ -135,9 +146,16 @@ def _start_own(ray: Any) -> None:
     _own = ray.get_runtime_context().gcs_address
 
 
-def _draw_token() -> None:
+def _ask_for_token() -> None:
+    """Ray's servers, which run code for whoever has the token, ask for it. It is drawn here, and
+    lives in the environment of this process and of Ray's, on no disk; what a user has set stays."""
+    from ray._raylet import Config  # type: ignore[attr-defined]
+
     if not any(name.startswith("RAY_AUTH_") for name in os.environ):
-        os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)  # Ray itself turns the asking on
+        os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+    if "RAY_AUTH_MODE" not in os.environ:
+        os.environ["RAY_AUTH_MODE"] = "token"
+        Config.initialize("")  # it has read the environment already
 
 
 @contextlib.contextmanager
@@ -159,32 +177,35 @@ def local_nodes(count: int, cores: int = 1, store: int = 150 << 20) -> Iterator[
     """
     ray = imported()
     close()
-    _draw_token()
+    _ask_for_token()
     if ray.is_initialized():
         raise RuntimeError(
             "labkit: local_nodes needs a process without a Ray cluster, got one that is connected. "
             "Call ray.shutdown() first."
         )
-    from ray._private import worker
+    from ray._private import utils, worker
     from ray.cluster_utils import Cluster
 
-    told, ours = worker.print_to_stdstream, {**SLOW, **_NOTICES}
+    # What "auto" means on this machine stays; and of a killed node Ray would print the logs.
+    hidden = {utils: "write_ray_address", worker: "print_to_stdstream"}
+    ours, shown = {**SLOW, **_NOTICES}, {m: getattr(m, name) for m, name in hidden.items()}
     each = {"num_cpus": cores, "object_store_memory": store, "no_monitor": True}
     each["include_log_monitor"] = False
     nodes: Any = Cluster()
     try:
         with interrupts.held_back(), _environment(ours), patience():  # half a node stays behind
+            for module, name in hidden.items():
+                setattr(module, name, lambda *_, **__: None)
             for _ in range(count):
                 nodes.add_node(**each)
-            # It would print the logs of each node that is killed.
-            setattr(worker, "print_to_stdstream", lambda *_, **__: None)  # noqa: B010
             ray.init(address=nodes.address, log_to_driver=False, logging_level="ERROR")
         yield nodes
     finally:
         with interrupts.held_back():
             ray.shutdown()
             nodes.shutdown()
-            worker.print_to_stdstream = told
+            for module, name in hidden.items():
+                setattr(module, name, shown[module])
 
 
 def close() -> None:

@@ -14,6 +14,8 @@ from statistics import fmean
 
 import numpy as np
 
+from labkit.engine import KINDS
+
 GIL, TURNS = "Python's lock", "taking turns"  # why a second worker cannot go on
 CROWDED, HANDING = "each other", "handing over"  # less is reached than any bound says
 MOVING, MEMORY = "moving the bytes", "memory"
@@ -288,8 +290,9 @@ def memory(demands: dict[str, Demands], most: dict[str, int]) -> str:
     said = ""
     for kind, need in demands.items():
         if need.memory:
-            n = most[kind]
-            said += f"a {kind} takes {_bytes(need.memory)}, {n} take {_bytes(n * need.memory)}; "
+            n, one = most[kind], KINDS[kind].single or kind
+            said += f"a{'n' * (one[0] in 'aeiou')} {one} takes {_bytes(need.memory)}, "
+            said += f"{n} take {_bytes(n * need.memory)}; "
     free = min(need.free for need in demands.values())
     return f"Memory: {said}{_bytes(free)} are free." if said else ""
 

@@ -1,5 +1,6 @@
 """What it costs this process to be handed a batch, whatever it took to make it."""
 
+import contextlib
 import threading
 import time
 from collections.abc import Callable
@@ -52,9 +53,10 @@ def _clock_of(name: str) -> Callable[[], float]:
 
 def listening() -> list[tuple[str, str, int]]:
     """Name, address and port of each server that the processes of this one have open."""
-    return sorted(
-        (process.name(), line.laddr.ip, line.laddr.port)
-        for process in psutil.Process().children(recursive=True)
-        for line in process.net_connections("inet")
-        if line.status == psutil.CONN_LISTEN
-    )
+    found = []
+    for process in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.Error):  # gone meanwhile
+            lines = process.net_connections("inet")
+            name = process.name()
+            found += [(name, *line.laddr) for line in lines if line.status == psutil.CONN_LISTEN]
+    return sorted(found)

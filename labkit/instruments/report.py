@@ -45,7 +45,8 @@ class Row:
 
     @property
     def name(self) -> str:
-        return f"{self.n} {KINDS[self.workers].plural if self.n > 1 else self.workers}"
+        kind = KINDS[self.workers]
+        return f"{self.n} {kind.plural if self.n > 1 else kind.single or self.workers}"
 
 
 class Checked(list[Row]):
