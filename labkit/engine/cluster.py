@@ -6,15 +6,18 @@ import os
 import secrets
 import shutil
 import socket
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import psutil
 
 from labkit.engine import interrupts
+from labkit.engine.messages import WorkerError
 from labkit.machine import usable_cores
 
 _ANSWERS = 10.0  # seconds
+_LOOK, _GONE = 2.0, 8.0  # seconds between two looks for the head; without an answer
 _STORE = 0.3  # of the free memory
 # Time to start in, on a busy machine.
 SLOW = {"RAY_agent_register_timeout_ms": "120000", "RAY_worker_register_timeout_seconds": "120"}
@@ -285,3 +288,37 @@ def missing(ray: Any, options: dict[str, Any]) -> str:
             left = free.get(name, 0)
             return f"{need:g} {name}, and of the cluster's {total:g} only {left:g} are free"
     return ""
+
+
+def has_place(actor: Any) -> bool:
+    """Whether a process was lent to it, in which it may still be starting."""
+    from ray._private import state
+
+    return bool(state.actors(actor._actor_id.hex()).get("Address", {}).get("Port"))
+
+
+class Head:
+    """The cluster's head: a minute after it is gone, Ray would end this process without a word."""
+
+    def __init__(self, ray: Any) -> None:
+        self.where = str(ray.get_runtime_context().gcs_address)
+        self.gone = False
+        self._answered = self._asked = time.monotonic()
+
+    def look(self) -> None:
+        """Now and then, asks it. Raises WorkerError, once, if it has not answered for a while."""
+        now = time.monotonic()
+        if self.gone or now - self._asked < _LOOK:
+            return
+        self._asked = now
+        host, _, port = self.where.rpartition(":")
+        with contextlib.suppress(OSError), socket.create_connection((host, int(port)), 1.0):
+            self._answered = now
+        if now - self._answered > _GONE:
+            self.gone = True
+            raise WorkerError(
+                f"labkit: the head of the Ray cluster, {self.where}, has not answered for "
+                f"{_GONE:g} s, and without it there are no workers. Look for its end in its logs, "
+                "start the cluster anew, and this program: Ray itself ends it within a minute, "
+                "unless it calls ray.shutdown()."
+            )
