@@ -7,6 +7,7 @@ import os
 import sys
 import time
 import warnings
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ import pytest
 ray = pytest.importorskip("ray")
 
 from labkit import QueueRunner, WorkerError, diagnose  # noqa: E402
-from labkit.engine import cluster  # noqa: E402
+from labkit.engine import KINDS, cluster  # noqa: E402
 from tests import test_faults, test_kinds  # noqa: E402
 from tests.consumers import IN_SECONDS, in_dataset  # noqa: E402
 from tests.programs import run_program  # noqa: E402
@@ -178,16 +179,17 @@ def test_without_ray_a_sentence_says_what_to_install(monkeypatch):
         QueueRunner(counted(4, 4), 4, 1, "ray").dataset()
 
 
-def test_diagnose_takes_the_cluster_as_a_kind(own, few_settings):
+def test_diagnose_takes_the_cluster_as_a_kind(own, few_settings, monkeypatch):
+    monkeypatch.setitem(KINDS, "ray", replace(KINDS["ray"], limit=lambda: 1))
+
     def factory(worker, n_workers):
         while True:
             time.sleep(0.01)
             yield (np.zeros((8, 2), np.float32),)
 
     report = diagnose(factory, 0.002, seconds=1.0, progress=False, workers=("thread", "ray"))
-    assert {(row.workers, row.n) for row in report.rows} >= {("ray", 1), ("ray", 2)}
     assert not report.problems and report.demands["ray"].wall > 0.01
-    assert "an actor takes" in str(report) and ("1 actor" in {row.name for row in report.rows})
+    assert "an actor takes" in str(report) and "1 actor" in {row.name for row in report.rows}
 
 
 @pytest.mark.slow  # a process that imports Ray

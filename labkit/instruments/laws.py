@@ -14,8 +14,6 @@ from statistics import fmean
 
 import numpy as np
 
-from labkit.engine import KINDS
-
 GIL, TURNS = "Python's lock", "taking turns"  # why a second worker cannot go on
 CROWDED, HANDING = "each other", "handing over"  # less is reached than any bound says
 MOVING, MEMORY = "moving the bytes", "memory"
@@ -290,9 +288,8 @@ def memory(demands: dict[str, Demands], most: dict[str, int]) -> str:
     said = ""
     for kind, need in demands.items():
         if need.memory:
-            n, one = most[kind], KINDS[kind].single or kind
-            said += f"a{'n' * (one[0] in 'aeiou')} {one} takes {_bytes(need.memory)}, "
-            said += f"{n} take {_bytes(n * need.memory)}; "
+            n, one = most[kind], f"a{'n' * (kind[0] in 'aeiou')} {kind}"
+            said += f"{one} takes {_bytes(need.memory)}, {n} take {_bytes(n * need.memory)}; "
     free = min(need.free for need in demands.values())
     return f"Memory: {said}{_bytes(free)} are free." if said else ""
 
