@@ -68,6 +68,18 @@ def test_the_first_cell_says_what_it_takes_and_where_to_go_on(path):
     assert f"](ja/{path.stem[:2]}.md)" in first and "](README.md)" in first
 
 
+def test_without_ray_the_committed_run_is_shown(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    monkeypatch.chdir(ROOT / "notebooks")
+    cells = read(ROOT / "notebooks" / "09_beyond_one_machine.ipynb").cells
+    space = {}
+    for cell in cells:
+        if cell.cell_type == "code":
+            exec(cell.source.replace("%matplotlib inline", ""), space)
+    assert "Ray is not installed here" in capsys.readouterr().out
+    assert space["run"] and space["once"]
+
+
 def links(text):
     """Relative targets of Markdown links and images, outside of code."""
     text = re.sub(r"```.*?```|`[^`\n]*`", "", text, flags=re.DOTALL)

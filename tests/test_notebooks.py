@@ -47,6 +47,9 @@ import dataclasses
 from labkit.engine import KINDS
 KINDS["thread"] = dataclasses.replace(KINDS["thread"], limit=lambda: 2)""",
     "08_same_batches_again": "BATCHES, PACE, ROUNDS, SHOWN = 40, (0.0, 0.002), 1, 20",
+    "09_beyond_one_machine": """BATCHES, PACE, KILL = 40, 0.05, 4
+BYTES = {"100 KB": 100_000, "19 MB": 1_000_000}
+COUNTED = dict.fromkeys(BYTES, 10)""",
     # A step of so many seconds needs no TensorFlow in the processes that are started.
     "10_the_race": """CONTESTANTS, MINE = ["serial loop"], ["serial loop"]
 STEP, SECONDS = 0.001, 0.1""",

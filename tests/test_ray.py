@@ -4,18 +4,21 @@ Two clusters for all of it: labkit's own, and one of two nodes, of which one is 
 """
 
 import os
+import sys
 import time
 import warnings
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 ray = pytest.importorskip("ray")
 
-from labkit import QueueRunner, WorkerError  # noqa: E402
-from labkit.engine import cluster  # noqa: E402
+from labkit import QueueRunner, WorkerError, diagnose  # noqa: E402
+from labkit.engine import KINDS, cluster  # noqa: E402
 from tests import test_faults, test_kinds  # noqa: E402
 from tests.consumers import IN_SECONDS, in_dataset  # noqa: E402
+from tests.programs import run_program  # noqa: E402
 
 SMALL = {"capacity": 64, "min_after_dequeue": 8}
 
@@ -169,23 +172,115 @@ def test_no_more_batches_are_made_than_have_a_place(own, tmp_path):
         del taken
 
 
+def test_without_ray_a_sentence_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(ImportError, match=r"needs Ray, which is not .* 'labkit\[ray\]'.*'process'"):
+        QueueRunner(counted(4, 4), 4, 1, "ray").dataset()
+
+
+def test_diagnose_takes_the_cluster_as_a_kind(own, few_settings, monkeypatch):
+    monkeypatch.setitem(KINDS, "ray", replace(KINDS["ray"], limit=lambda: 1))
+
+    def factory(worker, n_workers):
+        while True:
+            time.sleep(0.01)
+            yield (np.zeros((8, 2), np.float32),)
+
+    report = diagnose(factory, 0.002, seconds=1.0, progress=False, workers=("thread", "ray"))
+    assert not report.problems and report.demands["ray"].wall > 0.01
+    assert "an actor takes" in str(report) and "1 actor" in {row.name for row in report.rows}
+
+
+@pytest.mark.slow  # a process that imports Ray
+def test_a_wrong_token_is_told_at_once(own, tmp_path):
+    program = """
+        import time, ray
+        from labkit.engine import cluster
+        began = time.monotonic()
+        try:
+            cluster.connect(None, print)
+        except ConnectionError as error:
+            print(error, time.monotonic() - began < 10)
+    """
+    address = ray.get_runtime_context().gcs_address
+    done = run_program(program, tmp_path, RAY_ADDRESS=address, RAY_AUTH_TOKEN="ab" * 32)
+    assert f"the Ray cluster at {address}, as given by RAY_ADDRESS, asks for a" in done.stdout
+    assert done.stdout.strip().endswith("True")
+
+
+FULL_STORE_CTRL_C_AND_NO_HEAD = """
+    import os, signal, sys, threading, time
+    import numpy as np
+    from labkit import QueueRunner, WorkerError
+    from labkit.engine import cluster
+
+    def endless(nbytes):
+        def batches():
+            while True:
+                time.sleep(0.01)
+                yield (np.zeros((1, nbytes // 8)),)
+        return batches
+
+    def run(nbytes, capacity, until):
+        few = {"num_cpus": 0.1}
+        with QueueRunner(endless(nbytes), 1, 1, "ray", shuffle=False, capacity=capacity,
+                         worker_options=few) as runner:
+            for count, _ in enumerate(runner.dataset()):
+                if until(count):
+                    return
+
+    def interrupt(count):
+        if count == 10:
+            threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT)).start()
+
+    def kill_head(count):
+        global began
+        if count == 10:
+            began = time.monotonic()
+            nodes.head_node.kill_gcs_server(check_alive=False)
+
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    with cluster.local_nodes(1, store=80 << 20) as nodes:
+        import ray
+        run(20_000_000, 16, lambda count: count == 40)  # more than the store holds
+        print("the full store went on")
+        try:
+            run(8, 8, interrupt)
+        except KeyboardInterrupt:
+            print("interrupted")
+        for _ in range(100):
+            states = {actor["State"] for actor in ray._private.state.actors().values()}
+            if states == {"DEAD"}:
+                break
+            time.sleep(0.1)
+        print("actors are", *states)
+        try:
+            run(8, 8, kill_head)
+        except WorkerError as error:
+            print(error)
+        print("in time:", time.monotonic() - began < 30)
+    print("left:", [t.name for t in threading.enumerate() if t.name.startswith("labkit")])
+"""
+
+
+@pytest.mark.slow  # a cluster of its own, of which the head is killed
+def test_without_room_after_ctrl_c_and_without_its_head(tmp_path):
+    done = run_program(FULL_STORE_CTRL_C_AND_NO_HEAD, tmp_path, timeout=300)
+    said = done.stdout
+    assert "the full store went on" in said and "interrupted" in said, said + done.stderr
+    assert "actors are DEAD" in said
+    assert "labkit: the head of the Ray cluster" in said and "in time: True" in said
+    assert "left: []" in said and done.returncode == 0
+
+
 # -- two nodes ---------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
-def two_nodes(request):
-    from ray.cluster_utils import Cluster
-
+def two_nodes():
     ray.shutdown()
-    with cluster.patience():
-        both = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
-        both.other = both.add_node(num_cpus=1)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("RAY_ADDRESS", both.address)
-        cluster.connect(None, lambda: None)
+    with cluster.local_nodes(2) as both:
         yield both
-    ray.shutdown()
-    both.shutdown()
 
 
 @pytest.mark.slow  # a cluster of its own, a minute and a half
@@ -193,6 +288,7 @@ def test_a_killed_node_raises_or_its_share_is_made_elsewhere(two_nodes):
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     assert not cluster.is_own()
+    (other,) = two_nodes.worker_nodes
 
     def slow(worker, n_workers, start):
         for at in range(start + worker, 60 if n_workers == 2 else 10**6, n_workers):
@@ -201,7 +297,7 @@ def test_a_killed_node_raises_or_its_share_is_made_elsewhere(two_nodes):
 
     def there(soft):
         """On the other node, and soft: elsewhere once that is gone."""
-        affine = NodeAffinitySchedulingStrategy(two_nodes.other.node_id, soft=soft)
+        affine = NodeAffinitySchedulingStrategy(other.node_id, soft=soft)
         return {"worker_options": {"num_cpus": 0.1, "scheduling_strategy": affine}}
 
     settings = {"capacity": 8, "min_after_dequeue": 0}
@@ -215,7 +311,7 @@ def test_a_killed_node_raises_or_its_share_is_made_elsewhere(two_nodes):
             rest = iter(raises.dataset())
             next(rest)
             began = time.monotonic()
-            two_nodes.remove_node(two_nodes.other, allow_graceful=False)
+            two_nodes.remove_node(other, allow_graceful=False)
             list(rest)
         assert time.monotonic() - began < IN_SECONDS
         seen += [index.numpy() for (index,) in batches]

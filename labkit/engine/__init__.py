@@ -42,6 +42,7 @@ class Kind:
         pool: runs them.
         limit: how many n_workers="auto" may use.
         plural: what several are called.
+        single: what one is called, if not by the kind's name.
         shares_lock: Python's lock (GIL) is one for them and the training step.
         ahead: the most chunks that one of them has ready.
         by_name: it is not tried where nobody asked for it.
@@ -52,6 +53,7 @@ class Kind:
     pool: type[Pool]
     limit: Callable[[], int]
     plural: str
+    single: str = ""
     shares_lock: bool = False
     ahead: int = 2
     copies: int = 2
@@ -62,6 +64,6 @@ class Kind:
 KINDS: dict[str, Kind] = {
     "thread": Kind(ThreadPool, lambda: 32, "threads", shares_lock=True),
     "process": Kind(ProcessPool, usable_cores, "processes", ahead=MOST_CHUNKS, copies=3),
-    "ray": Kind(RayPool, cluster.cores, "actors", ahead=PLACES, copies=3, by_name=True),
+    "ray": Kind(RayPool, cluster.cores, "actors", "actor", ahead=PLACES, copies=3, by_name=True),
 }
 TRIED = tuple(name for name, kind in KINDS.items() if not kind.by_name)

@@ -7,15 +7,26 @@ import atexit
 import contextlib
 import os
 import socket
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from labkit.engine import interrupts
+from labkit.engine.messages import WorkerError
 from labkit.machine import usable_cores
 
 _ANSWERS = 10.0  # seconds
+_LOOK, _GONE = 2.0, 8.0  # seconds between two looks for the head; without an answer
 _STORE = 0.3  # of the free memory
 # Time to start in, on a busy machine.
 SLOW = {"RAY_agent_register_timeout_ms": "120000", "RAY_worker_register_timeout_seconds": "120"}
+# Until a machine is taken for gone that does not answer any more; Ray's own takes 15 s.
+_NOTICES = {
+    "RAY_health_check_initial_delay_ms": "1000",
+    "RAY_health_check_period_ms": "1000",
+    "RAY_health_check_timeout_ms": "5000",
+    "RAY_health_check_failure_threshold": "5",
+}
 _own = ""  # the address of the cluster that labkit has started
 
 
@@ -77,13 +88,19 @@ def _join(ray: Any, address: str) -> None:
     told = f"labkit: no Ray cluster answers at {address}, as given by {by}"
     otherwise = (
         "Correct it, start a cluster (ray start --head), or leave the address away: labkit then "
-        "starts one on this machine. If it asks for a token: RAY_AUTH_MODE=token, and its "
-        "RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH."
+        "starts one on this machine."
     )
     try:
         where = services.canonicalize_bootstrap_address(address)  # of "auto", what Ray has noted
         _await_answer(str(where))
+        _try_token(str(where))
         ray.init(address=address)
+    except ray.exceptions.AuthenticationError as error:
+        raise ConnectionError(
+            f"labkit: the Ray cluster at {address}, as given by {by}, asks for a token, and it is "
+            "not the one that this process has. Set RAY_AUTH_MODE=token, and the cluster's "
+            "RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH, before Ray is used."
+        ) from error
     except Exception as error:
         raise ConnectionError(f"{told}: {error}. {otherwise}") from error
 
@@ -98,18 +115,20 @@ def _await_answer(where: str) -> None:
             raise OSError("something else answers there")
 
 
+def _try_token(where: str) -> None:
+    """Raises AuthenticationError if it is the wrong one: Ray would try it 20 times."""
+    from ray._private.authentication import authentication_token_setup as token
+    from ray._raylet import GcsClient  # type: ignore[attr-defined]
+
+    token.maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
+    GcsClient(address=where)
+
+
 def _start_own(ray: Any) -> None:
     """A cluster of this machine alone, which ends with this process. Asked for 127.0.0.1, Ray takes
-    the machine's own address all the same.
-
-    Ray's servers run code for whoever has the token. It is drawn here, and lives in the environment
-    of this process and of Ray's, on no disk; what a user has set stays.
-    """
+    the machine's own address all the same."""
     global _own
-    if not any(name.startswith("RAY_AUTH_") for name in os.environ):
-        import secrets
-
-        os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)  # Ray itself turns the asking on
+    _ask_for_token()
     try:
         with _environment(SLOW), patience():
             ray.init(
@@ -129,6 +148,70 @@ def _start_own(ray: Any) -> None:
     _own = ray.get_runtime_context().gcs_address
 
 
+def _ask_for_token() -> None:
+    """Ray's servers, which run code for whoever has the token, ask for it. It is drawn here, and
+    lives in the environment of this process and of Ray's, on no disk; what a user has set stays."""
+    import secrets
+
+    from ray._raylet import Config  # type: ignore[attr-defined]
+
+    if not any(name.startswith("RAY_AUTH_") for name in os.environ):
+        os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+    if "RAY_AUTH_MODE" not in os.environ:
+        os.environ["RAY_AUTH_MODE"] = "token"
+        Config.initialize("")  # it has read the environment already
+
+
+@contextlib.contextmanager
+def local_nodes(count: int, cores: int = 1, store: int = 150 << 20) -> Iterator[Any]:
+    """Several nodes on this machine, as if each were one: to try what a cluster does.
+
+    Yields Ray's `cluster_utils.Cluster`, to whose head this process is connected; the others are
+    its `worker_nodes`, and `remove_node(node, allow_graceful=False)` kills one. All end with the
+    block. Ray asks for a token that is drawn here.
+
+    Args:
+        count: nodes, the head included.
+        cores: that each says it has.
+        store: bytes of each one's object store.
+
+    Raises:
+        ImportError: Ray is not installed.
+        RuntimeError: this process uses a cluster already, which labkit did not start.
+    """
+    ray = imported()
+    close()
+    _ask_for_token()
+    if ray.is_initialized():
+        raise RuntimeError(
+            "labkit: local_nodes needs a process without a Ray cluster, got one that is connected. "
+            "Call ray.shutdown() first."
+        )
+    from ray._private import utils, worker
+    from ray.cluster_utils import Cluster
+
+    # What "auto" means on this machine stays; and of a killed node Ray would print the logs.
+    hidden = {utils: "write_ray_address", worker: "print_to_stdstream"}
+    ours, shown = {**SLOW, **_NOTICES}, {m: getattr(m, name) for m, name in hidden.items()}
+    each = {"num_cpus": cores, "object_store_memory": store, "no_monitor": True}
+    each["include_log_monitor"] = False
+    nodes: Any = Cluster()
+    try:
+        with interrupts.held_back(), _environment(ours), patience():  # half a node stays behind
+            for module, name in hidden.items():
+                setattr(module, name, lambda *_, **__: None)
+            for _ in range(count):
+                nodes.add_node(**each)
+            ray.init(address=nodes.address, log_to_driver=False, logging_level="ERROR")
+        yield nodes
+    finally:
+        with interrupts.held_back():
+            ray.shutdown()
+            nodes.shutdown()
+            for module, name in hidden.items():
+                setattr(module, name, shown[module])
+
+
 def close() -> None:
     """Ends the cluster that labkit has started, if there is one."""
     ray = imported()
@@ -139,11 +222,17 @@ def close() -> None:
 @contextlib.contextmanager
 def patience() -> Iterator[None]:
     """Nodes that start meanwhile do without Ray's limit of 15 s until its helpers are there, of
-    which none is needed: on a busy machine they take longer, and the node would give up."""
+    which none is needed: on a busy machine they take longer, and the node would give up. Nor do
+    they wait for the server of the dashboard, which nobody looks at."""
     from ray._private.node import Node
+    from ray._private.ray_constants import KV_NAMESPACE_DASHBOARD as DASHBOARD
     from ray._raylet import persist_port  # type: ignore[attr-defined]
 
-    start: Any = Node.start_raylet
+    start, serve = Node.start_raylet, Node.start_api_server
+
+    def serve_nothing(self: Any, **_: Any) -> None:
+        self._webui_url = ""
+        self.get_gcs_client().internal_kv_put(b"webui:url", b"", True, DASHBOARD)
 
     def start_without_them(self: Any, *args: Any, **kwargs: Any) -> Any:
         for port in ("metrics_agent_port", "metrics_export_port", "dashboard_agent_listen_port"):
@@ -152,11 +241,12 @@ def patience() -> Iterator[None]:
         given.runtime_env_agent_port = given.runtime_env_agent_port or _free_port()
         return start(self, *args, **kwargs)
 
-    setattr(Node, "start_raylet", start_without_them)  # noqa: B010
+    node: Any = Node
+    node.start_raylet, node.start_api_server = start_without_them, serve_nothing
     try:
         yield
     finally:
-        setattr(Node, "start_raylet", start)  # noqa: B010
+        node.start_raylet, node.start_api_server = start, serve
 
 
 def _store_bytes() -> int:
@@ -203,3 +293,37 @@ def missing(ray: Any, options: dict[str, Any]) -> str:
             left = free.get(name, 0)
             return f"{need:g} {name}, and of the cluster's {total:g} only {left:g} are free"
     return ""
+
+
+def has_place(actor: Any) -> bool:
+    """Whether a process was lent to it, in which it may still be starting."""
+    from ray._private import state
+
+    return bool(state.actors(actor._actor_id.hex()).get("Address", {}).get("Port"))
+
+
+class Head:
+    """The cluster's head: a minute after it is gone, Ray would end this process without a word."""
+
+    def __init__(self, ray: Any) -> None:
+        self.where = str(ray.get_runtime_context().gcs_address)
+        self.gone = False
+        self._answered = self._asked = time.monotonic()
+
+    def look(self) -> None:
+        """Now and then, asks it. Raises WorkerError, once, if it has not answered for a while."""
+        now = time.monotonic()
+        if self.gone or now - self._asked < _LOOK:
+            return
+        self._asked = now
+        host, _, port = self.where.rpartition(":")
+        with contextlib.suppress(OSError), socket.create_connection((host, int(port)), 1.0):
+            self._answered = now
+        if now - self._answered > _GONE:
+            self.gone = True
+            raise WorkerError(
+                f"labkit: the head of the Ray cluster, {self.where}, has not answered for "
+                f"{_GONE:g} s, and without it there are no workers. Look for its end in its logs, "
+                "start the cluster anew, and this program: Ray itself ends it within a minute, "
+                "unless it calls ray.shutdown()."
+            )

@@ -162,6 +162,7 @@ class RayPool(Pool):
         self._options = {"num_cpus": 0 if cluster.is_own() else 1, **options}
         self._packed = self._ray.put((packed[0], [pickle.PickleBuffer(b) for b in packed[1]]))
         self._actors: list[_Actor] = []
+        self._head = cluster.Head(self._ray)
         self._came: queue.SimpleQueue[int | None] = queue.SimpleQueue()  # whose call is done
         _POOLS.add(self)
 
@@ -190,6 +191,7 @@ class RayPool(Pool):
         future.add_done_callback(lambda _: came.put(worker))
 
     def _receive(self, seconds: float) -> list[Message]:
+        self._head.look()
         messages: list[Message] = []
         try:
             came = self._came.get(timeout=seconds) if seconds else self._came.get_nowait()
@@ -263,7 +265,8 @@ class RayPool(Pool):
         if now - actor.since < patience or now - actor.asked < _ASK_AGAIN:
             return None
         actor.asked = now
-        if not (lacks := cluster.missing(self._ray, self._options)):
+        lacks = cluster.missing(self._ray, self._options)
+        if not lacks or cluster.has_place(actor.handle):
             return None
         self._kill(actor)
         return Lost(
@@ -275,6 +278,8 @@ class RayPool(Pool):
 
     def _kill(self, actor: _Actor) -> None:
         actor.gone = True
+        if self._head.gone:
+            return  # it would be asked
         with contextlib.suppress(Exception):
             self._ray.kill(actor.handle)
 
@@ -312,7 +317,8 @@ class RayPool(Pool):
     def _end(self, seconds: float) -> list[str]:
         deadline = time.monotonic() + seconds
         living = [actor for actor in self._actors if not actor.gone]
-        if self._ray.is_initialized() and living:
+        here = self._ray.is_initialized() and not self._head.gone
+        if here and living:
             with contextlib.suppress(Exception):
                 for actor in living:
                     actor.handle.begin.options(**_ASIDE).remote(_OVER)
@@ -320,7 +326,7 @@ class RayPool(Pool):
                 self._ray.wait(left, num_returns=len(left), timeout=min(_CLEAN_UP, seconds))
         for actor in living:
             self._kill(actor)
-        if self._ray.is_initialized():
+        if here:
             # Their last calls fail once they are gone.
             last = [future for actor in living for _, future in actor.calls]
             from concurrent.futures import wait  # a worker process would import logging with it

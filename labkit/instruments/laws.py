@@ -288,8 +288,8 @@ def memory(demands: dict[str, Demands], most: dict[str, int]) -> str:
     said = ""
     for kind, need in demands.items():
         if need.memory:
-            n = most[kind]
-            said += f"a {kind} takes {_bytes(need.memory)}, {n} take {_bytes(n * need.memory)}; "
+            n, one = most[kind], f"a{'n' * (kind[0] in 'aeiou')} {kind}"
+            said += f"{one} takes {_bytes(need.memory)}, {n} take {_bytes(n * need.memory)}; "
     free = min(need.free for need in demands.values())
     return f"Memory: {said}{_bytes(free)} are free." if said else ""
 

@@ -45,7 +45,8 @@ class Row:
 
     @property
     def name(self) -> str:
-        return f"{self.n} {KINDS[self.workers].plural if self.n > 1 else self.workers}"
+        kind = KINDS[self.workers]
+        return f"{self.n} {kind.plural if self.n > 1 else kind.single or self.workers}"
 
 
 class Checked(list[Row]):
@@ -256,8 +257,9 @@ class Report:
             said.append(laws.headroom("your loop", self.headroom, self.model_rate))
         elif self.ready_rate:
             said.append(laws.headroom(self.best.name, self.headroom, self.ready_rate))
-        most = {row.workers: row.n for row in self.rows}  # the last of each kind
-        memory = laws.memory(self.demands, most)
+        one = {kind: KINDS[kind].single or kind for kind in self.demands}
+        most = {one[row.workers]: row.n for row in self.rows}  # the last of each kind
+        memory = laws.memory({one[kind]: need for kind, need in self.demands.items()}, most)
         more = (in_words(self.stages), memory, about.onednn, self.outside)
         return said + [note for note in more if note]
 
