@@ -20,7 +20,7 @@ from labkit.instruments.waiting import Counted, RecentWaiting, Waiting
 from labkit.instruments.watch_fit import FitWatch
 from labkit.quiet import tf
 from tests.programs import ROOT
-from tests.test_plots import cut, overlapping
+from tests.test_plots import boxes, cut, overlapping
 
 X = np.zeros((40, 2), np.float32)
 
@@ -213,7 +213,8 @@ def test_the_picture_has_a_panel_for_what_there_is_and_nothing_is_cut(sight, tit
         *words, last = [text.get_text() for text in figure.texts]
         assert [word for word in words if word.endswith(")")][-len(titles) :] == titles
         assert last == sight.text()
-        assert not cut(figure) and not overlapping(figure)
+        found = boxes(figure)
+        assert not cut(figure, found) and not overlapping(found)
 
 
 def heights(figure, title):

@@ -7,7 +7,7 @@ import pytest
 
 from labkit.instruments.laws import Demands, bounds
 from labkit.instruments.slider import Law
-from tests.test_plots import cut, overlapping
+from tests.test_plots import boxes, cut, overlapping
 
 DEMANDS = Demands(wall=0.04, cpu=0.01, lock=0.002, step=0.005, step_cpu=0.004, cores=1)
 
@@ -47,6 +47,7 @@ def test_without_a_kernel_or_widgets_there_is_the_picture(monkeypatch):
 def test_nothing_is_cut_and_a_number_that_the_slider_lacks_is_refused():
     for workers in (1, 32):
         figure = Law(DEMANDS, workers).figure()
-        assert not cut(figure) and not overlapping(figure)
+        found = boxes(figure)
+        assert not cut(figure, found) and not overlapping(found)
     with pytest.raises(ValueError, match="expected workers from 1 to 32, got 0"):
         Law(DEMANDS, 0)

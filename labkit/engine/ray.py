@@ -3,8 +3,9 @@
 RayPool ── next(epoch), a few calls under way ──► _Producer, an actor: the loop of produce.py
         ◄── arrays, through Ray's object store ──
 
-A call is a place: it brings one chunk, and the next call follows when that one is released. What an
-actor is told beside that (another pass, the stop) goes past the calls that wait.
+A call is a place: it brings a chunk, or several small ones that are made at once, and the next
+call follows when those are released. What an actor is told beside that (another pass, the stop)
+goes past the calls that wait.
 """
 
 import collections
@@ -29,6 +30,8 @@ from labkit.engine.stage import listen
 from labkit.engine.tracebacks import describe, own_frames_left_out, readable
 
 PLACES = 3
+# A call has its price: it brings chunks until they are so many, of such a size, or took this long.
+_TOGETHER, _BYTES, _SECONDS = 8, 1 << 20, 0.005
 _OVER = 1 << 62  # a pass that never comes
 _PATIENCE, _ASK_AGAIN = 30.0, 2.0  # seconds, until an actor has a place; between two questions
 _START = 60.0  # seconds, that an actor's start may take and do not count as a batch's
@@ -48,16 +51,25 @@ class _Producer:
         self._epoch, self._wanted = -1, 0
         self._thread = 0
 
-    def next(self, epoch: int) -> tuple[Any, ...] | None:
-        """A chunk, or what happened in place of one; None: of this pass, there is nothing more."""
+    def next(self, epoch: int) -> list[tuple[Any, ...]]:
+        """Chunks, or what happened in place of one; none if there is nothing more of the pass."""
         self._thread = threading.get_ident()
+        told: list[tuple[Any, ...]] = []
         try:
             self._wanted = max(epoch, self._wanted)
-            return _made(self, epoch) if epoch == self._wanted else None
+            until, room = time.monotonic() + _SECONDS, _BYTES
+            while epoch == self._wanted and (made := _made(self, epoch)):
+                told.append(made)
+                if made[0] != "chunk" or len(told) == _TOGETHER or time.monotonic() > until:
+                    break
+                room -= sum(array.nbytes for array in made[1])
+                if room < 0:
+                    break
         except BaseException as error:
             self._batches = None
             summary, text = describe(error)
-            return "failed", summary, text, dump_error(error)
+            told.append(("failed", summary, text, dump_error(error)))
+        return told
 
     def leave(self) -> None:
         """Ends the iterator, whose own clean-up runs."""
@@ -207,28 +219,28 @@ class RayPool(Pool):
         """In the order of the calls: a small result may be here before a large one ahead of it."""
         actor = self._actors[worker]
         while not actor.gone and actor.calls and actor.calls[0][1].done():
-            message = self._message(worker, *actor.calls.popleft())
-            if message is not None:
-                yield message
+            epoch, future = actor.calls.popleft()
+            try:
+                told = future.result()
+            except BaseException as error:
+                yield self._lost(worker, error)
+                return
+            for one in told:
+                yield self._message(worker, epoch, one, (0,) if one is told[-1] else ())
+            if not told:
+                actor.idle += 1
+                if epoch != self.epoch:
+                    self._use_idle(worker)
 
-    def _message(self, worker: int, epoch: int, future: Any) -> Message | None:
+    def _message(self, worker: int, epoch: int, told: Any, slots: tuple[int, ...]) -> Message:
         actor = self._actors[worker]
         life = actor.life
-        try:
-            told = future.result()
-        except BaseException as error:
-            return self._lost(worker, error)
-        if told is None:
-            actor.idle += 1
-            if epoch != self.epoch:
-                self._use_idle(worker)
-            return None
         kind, *content = told
         if kind == "chunk":
             arrays, seconds, stages, number, spec = content
             if self.spec is None:
                 self.spec = pickle.loads(spec)
-            return Chunk(worker, arrays, seconds, epoch, (), True, stages, number, life)
+            return Chunk(worker, arrays, seconds, epoch, slots, True, stages, number, life)
         if kind == "ended":
             actor.idle += 1
             return Ended(worker, epoch, life)
@@ -236,7 +248,7 @@ class RayPool(Pool):
         text = f"On {actor.node or 'a node'}:\n{readable(text)}"
         failed = summary, text, load_error(code, summary)
         if kind == "skipped":
-            return Skipped(worker, *failed, epoch, *number, life=life)
+            return Skipped(worker, *failed, epoch, number[0], slots, life=life)
         self._kill(actor)
         return Lost(worker, *failed, life=life)
 
@@ -284,7 +296,8 @@ class RayPool(Pool):
             self._ray.kill(actor.handle)
 
     def _refill(self, worker: int, slots: tuple[int, ...]) -> None:
-        self._call(worker)
+        if slots:  # the last chunk of its call
+            self._call(worker)
 
     def _use_idle(self, worker: int) -> None:
         actor = self._actors[worker]

@@ -103,7 +103,7 @@ class RecentWaiting:
 
 def _share(then: tuple[float, float], now: tuple[float, float]) -> float:
     waited, measured = now[0] - then[0], now[1] - then[1]
-    return min(1.0, waited / measured) if measured > 0 else math.nan
+    return min(1.0, max(0.0, waited / measured)) if measured > 0 else math.nan
 
 
 def verdict(share: float, next_step: str) -> str:
