@@ -42,6 +42,11 @@ def test_a_number(said, answer, says):
     assert said(answer, 2.6, "s", hint="Add the two.") == says
 
 
+def test_a_count_is_told_whole(said):
+    assert said(None, 3840) == "no answer yet; here it is 3840."
+    assert said(3839, np.int64(3840)) == "right: within 1% of 3840."
+
+
 def test_a_share_in_percent_and_the_other_way_round(said):
     assert said(4.5, 0.044) == (
         "4.5 is a hundred times as much: percent in place of a share from 0 to 1?"

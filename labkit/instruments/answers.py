@@ -93,4 +93,6 @@ def _told(right: Any, unit: str) -> str:
         return right
     if _is_words(right):
         return ", ".join(map(str, right)) or "none"
-    return f"{float(right):.3g}{f' {unit}' if unit else ''}"
+    number = float(right)
+    said = f"{number:.0f}" if number.is_integer() else f"{number:.3g}"
+    return f"{said}{f' {unit}' if unit else ''}"
