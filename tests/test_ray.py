@@ -153,6 +153,19 @@ def test_a_cluster_that_is_too_small_says_what_it_lacks(own):
             in_dataset(runner)
 
 
+def test_a_buffer_that_is_used_again_changes_no_batch_of_a_call(own):
+    def reuse():
+        buffer = np.zeros(4, int)
+        for number in range(100):
+            buffer[:] = number
+            yield (buffer,)
+
+    options = {"capacity": 8, "shuffle": False}
+    with QueueRunner(reuse, 4, 1, "ray", **options) as runner:
+        came = [batch.numpy().tolist() for (batch,) in runner.dataset()]
+    assert came == [[number] * 4 for number in range(100)]
+
+
 def test_no_more_batches_are_made_than_have_a_place(own, tmp_path):
     made = tmp_path / "made"
     path = str(made)

@@ -166,6 +166,15 @@ def test_after_a_failure_the_model_is_as_keras_made_it(where, error):
     assert model.train_function is own
 
 
+def test_many_fits_bring_no_warning_of_tensorflows(monkeypatch):
+    said = []
+    monkeypatch.setattr(tf.get_logger(), "warning", lambda text, *rest: said.append(text % rest))
+    model = new_model()
+    for _ in range(7):
+        model.fit(X, Y, SIZE, verbose=0, callbacks=[labkit.watch()])
+    assert said == []
+
+
 def test_a_failure_in_a_step_is_the_users_and_leaves_nothing():
     def fails():
         yield from batches()()

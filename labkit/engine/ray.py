@@ -21,6 +21,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from labkit.engine import cluster
 from labkit.engine.messages import Chunk, Ended, Lost, Message, Skipped
 from labkit.engine.pickling import dump_error, dump_spec, load_error, pack_factory
@@ -65,6 +67,8 @@ class _Producer:
                 room -= sum(array.nbytes for array in made[1])
                 if room < 0:
                     break
+                # Those of the last chunk leave before the iterator can write into them again.
+                told[-1] = made[0], [np.array(array) for array in made[1]], *made[2:]
         except BaseException as error:
             self._batches = None
             summary, text = describe(error)

@@ -118,7 +118,10 @@ class FitWatch(tf.keras.callbacks.Callback):
 
         if self.model.run_eagerly:
             return step
-        return tf.function(step, input_signature=(taker.spec,), autograph=False)
+        own = tf.function(step, input_signature=(taker.spec,), autograph=False)
+        # Each fit traces one; after some, TensorFlow would warn of a function made in a loop.
+        own._omit_frequent_tracing_warning = True
+        return own
 
     def step(self, iterator: Any, inner: Callable[..., Any]) -> Any:
         """Keras's train_function, with the batch taken, and timed, outside of it. Of several steps
