@@ -295,13 +295,6 @@ def missing(ray: Any, options: dict[str, Any]) -> str:
     return ""
 
 
-def has_place(actor: Any) -> bool:
-    """Whether a process was lent to it, in which it may still be starting."""
-    from ray._private import state
-
-    return bool(state.actors(actor._actor_id.hex()).get("Address", {}).get("Port"))
-
-
 class Head:
     """The cluster's head: a minute after it is gone, Ray would end this process without a word."""
 

@@ -282,7 +282,7 @@ class RayPool(Pool):
             return None
         actor.asked = now
         lacks = cluster.missing(self._ray, self._options)
-        if not lacks or cluster.has_place(actor.handle):
+        if not lacks:
             return None
         self._kill(actor)
         return Lost(
