@@ -20,22 +20,11 @@ import numpy as np
 
 import labkit
 from labkit import QueueRunner, UsageMonitor, plots
+from labkit.instruments.race.work import photographs
 from labkit.quiet import tf
 from tests.benchmarks.common import FIGURES, median, spread, write
 
 _CLASSES = 10
-
-
-def photographs(folder: Path, count: int = 256, size: int = 256) -> list[Path]:
-    """JPEG files of `size` x `size` pixels, about 20 KB each."""
-    from PIL import Image
-
-    rng, paths = np.random.default_rng(0), []
-    for number in range(count):
-        coarse = Image.fromarray(rng.integers(0, 255, (16, 16, 3), np.uint8))
-        paths.append(folder / f"{number}.jpg")
-        coarse.resize((size, size), Image.Resampling.BICUBIC).save(paths[-1], quality=90)
-    return paths
 
 
 def decoded(paths: list[Path], batch_size: int, size: int) -> Callable[..., Iterator[Any]]:
@@ -111,7 +100,7 @@ def main() -> None:
     parser.add_argument("--depth", type=int, default=5)
     asked = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        factory = decoded(photographs(Path(folder)), asked.batch_size, asked.size)
+        factory = decoded(photographs(Path(folder), 256), asked.batch_size, asked.size)
         measure(asked, factory)
 
 

@@ -97,24 +97,24 @@ class Fft:
         return images, labels
 
 
+def photographs(folder: Path, size: int = 160, files: int = 256) -> list[Path]:
+    """JPEG files in `folder`, of size x size pixels: about 6 KB each of 160, 14 KB of 256."""
+    from PIL import Image
+
+    rng, paths = np.random.default_rng(0), []
+    for number in range(files):
+        coarse = Image.fromarray(rng.integers(0, 255, (size // 16, size // 16, 3), np.uint8))
+        paths.append(folder / f"{number}.jpg")
+        coarse.resize((size, size), Image.Resampling.BICUBIC).save(paths[-1], quality=90)
+    return paths
+
+
 class Jpeg:
     """Decodes 32 JPEG files with Pillow, and makes 28x28 of them."""
 
     def __init__(self, paths: list[Path]) -> None:
         self.paths = paths
         self.labels = np.eye(10, dtype=np.float32)[np.arange(_SIZE) % 10]
-
-    @staticmethod
-    def written(folder: Path, files: int = 256) -> "Jpeg":
-        """With files of 160x160 pixels, about 10 KB each, in `folder`."""
-        from PIL import Image
-
-        rng, paths = np.random.default_rng(0), []
-        for number in range(files):
-            coarse = Image.fromarray(rng.integers(0, 255, (10, 10, 3), np.uint8))
-            paths.append(folder / f"{number}.jpg")
-            coarse.resize((160, 160), Image.Resampling.BICUBIC).save(paths[-1], quality=90)
-        return Jpeg(paths)
 
     def __call__(self, number: int) -> Batch:
         from PIL import Image
@@ -194,7 +194,7 @@ def rows(folder: Path) -> list[Row]:
         Row("pure Python 5 ms", Small(busy), (1, 2)),
         Row("NumPy augmentation", Small(distort()), (2,)),
         Row("NumPy FFT", Small(Fft(3)), (2,)),
-        Row("32 JPEG files", Jpeg.written(folder), (2,)),
+        Row("32 JPEG files", Jpeg(photographs(folder)), (2,)),
         Row("free 100 KB float32", Small(), (1,)),
         Row("free 100 KB uint8", Small(dtype="uint8"), (1,)),
         Row("free 19 MB float32", Large("float32"), (2,), trains=False),
