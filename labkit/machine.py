@@ -81,17 +81,16 @@ def describe_machine() -> dict[str, Any]:
 
 def _gpus() -> list[str]:
     """Their names, as NVML has them; none where there is no NVML, no driver or no GPU."""
-    try:
+    names = []
+    # Whatever a driver that is half installed raises, wherever: this is but a caption.
+    with contextlib.suppress(Exception):
         import pynvml as nvml
 
         nvml.nvmlInit()
-    except Exception:  # whatever a driver that is half installed raises, this is but a caption
-        return []
-    names = []
-    for index in range(nvml.nvmlDeviceGetCount()):
-        with contextlib.suppress(nvml.NVMLError):  # one that is broken hides no other
-            names.append(nvml.nvmlDeviceGetName(nvml.nvmlDeviceGetHandleByIndex(index)))
-    nvml.nvmlShutdown()
+        for index in range(nvml.nvmlDeviceGetCount()):
+            with contextlib.suppress(nvml.NVMLError):  # one that is broken hides no other
+                names.append(nvml.nvmlDeviceGetName(nvml.nvmlDeviceGetHandleByIndex(index)))
+        nvml.nvmlShutdown()
     return names
 
 

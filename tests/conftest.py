@@ -30,16 +30,17 @@ def pytest_xdist_make_scheduler(config, log):
     return LoadFileScheduling(config, log)
 
 
-def _children() -> set[int]:
-    """Ids of this process's own, those that ended unnoticed included. Where the system tells them:
-    psutil looks at every process there is, before and after each of so many tests."""
-    tasks = [*Path("/proc/self/task").glob("*/children")]
-    if not tasks:
-        return {child.pid for child in psutil.Process().children()}
+def _children(of: int | str = "self") -> set[int]:
+    """Ids of a process's own and of theirs, those that ended unnoticed included. Where the system
+    tells them: psutil looks at every process there is, before and after each of so many tests."""
+    tasks = [*Path(f"/proc/{of}/task").glob("*/children")]
+    if not tasks and of == "self":
+        return {child.pid for child in psutil.Process().children(recursive=True)}
     found: set[int] = set()
     for task in tasks:
         with contextlib.suppress(OSError):  # a thread that has ended since
-            found.update(map(int, task.read_text().split()))
+            for child in map(int, task.read_text().split()):
+                found |= {child, *_children(child)}
     return found
 
 

@@ -43,6 +43,8 @@ def test_audit_of_processes_counts_what_it_counts_of_threads(numbered):
     data = MnistDataGenerator(20, data=numbered)
     of = [labkit.audit(data.train_iterator, workers=kind, n_workers=2) for kind in TRIED]
     assert (of[0].repeated, of[0].missed) == (of[1].repeated, of[1].missed)
+    shared = labkit.audit(data.epoch_iterator, workers="process", n_workers=2)
+    assert (shared.delivered, shared.repeated, shared.missed) == (500, 0, 0)
 
 
 def test_audit_takes_a_number_for_workers_as_before_and_shows_the_new_form(numbered):
@@ -103,7 +105,7 @@ def test_audit_finds_processes_that_draw_the_same_random_numbers():
     assert "The workers produce the same samples" in alike.verdict
     assert "give the factory a parameter `rng`" in alike.verdict
     assert (alike.same_batches, alike.batches) == (39, 39) and "39 of 39 batches" in alike.verdict
-    cured = labkit.audit(draws_of_its_own, workers="process", n_workers=2, samples=300)
+    cured = labkit.audit(draws_of_its_own, workers="process", n_workers=3, samples=300)
     assert cured.repeated == 0 and "the same samples" not in cured.verdict
     # In threads all draw from one and the same generator.
     shared = labkit.audit(draws_from_the_captured, n_workers=3, samples=300)

@@ -133,6 +133,17 @@ def test_a_machine_is_described_by_processor_cores_and_versions():
     assert all(described[name][0].isdigit() for name in ("python", "tensorflow", "numpy"))
 
 
+def test_a_gpu_driver_in_trouble_costs_a_run_nothing(monkeypatch):
+    import pynvml
+
+    def fails():
+        raise pynvml.NVMLError(pynvml.NVML_ERROR_UNKNOWN)
+
+    monkeypatch.setattr(pynvml, "nvmlInit", lambda: None)
+    monkeypatch.setattr(pynvml, "nvmlDeviceGetCount", fails)
+    assert "gpus" not in describe_machine()
+
+
 # -- oneDNN: what takes a program of its own is in test_imports.py and test_lifetime.py ----------
 
 NAME = "TF_ENABLE_ONEDNN_OPTS"

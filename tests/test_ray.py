@@ -24,6 +24,7 @@ SMALL = {"capacity": 64, "min_after_dequeue": 8}
 
 # The same tests as of threads and processes.
 test_passes_begin_afresh_and_end = test_kinds.test_passes_begin_afresh_and_end
+test_a_misfit_and_an_end_at_once_are_named = test_kinds.test_a_misfit_and_an_end_at_once_are_named
 test_continue_goes_on_without_the_lost_worker = (
     test_kinds.test_continue_goes_on_without_the_lost_worker
 )

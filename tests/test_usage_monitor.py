@@ -354,6 +354,7 @@ def test_without_gpus_it_says_why(stub, settings, message):
     usage = child(SAMPLE, stub, **settings)
     assert usage["gpus"] == []
     assert usage["gpu_message"] == message
+    assert "gpus" not in usage["machine"]
     assert len(usage["seconds"]) > 2
 
 

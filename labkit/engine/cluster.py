@@ -181,12 +181,12 @@ def local_nodes(count: int, cores: int = 1, store: int = 150 << 20) -> Iterator[
     """
     ray = imported()
     close()
-    _ask_for_token()
     if ray.is_initialized():
         raise RuntimeError(
             "labkit: local_nodes needs a process without a Ray cluster, got one that is connected. "
             "Call ray.shutdown() first."
         )
+    _ask_for_token()
     from ray._private import utils, worker
     from ray.cluster_utils import Cluster
 

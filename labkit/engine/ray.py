@@ -281,8 +281,7 @@ class RayPool(Pool):
         if now - actor.since < patience or now - actor.asked < _ASK_AGAIN:
             return None
         actor.asked = now
-        lacks = cluster.missing(self._ray, self._options)
-        if not lacks:
+        if not (lacks := cluster.missing(self._ray, self._options)):
             return None
         self._kill(actor)
         return Lost(

@@ -269,8 +269,8 @@ def usage(monitors: Any, title: str = "", machine: Mapping[str, Any] | None = No
     for column, (label, monitor) in zip(axes.T, monitors.items(), strict=True):
         column[0].set_title(label)
         column[0].plot(monitor.seconds, monitor.cpu)
-        for gpu in monitor.gpus:  # what they are, the line below says
-            name = f"GPU {gpu.index}"
+        for gpu in monitor.gpus:
+            name = f"GPU {gpu.index}" if machine else f"GPU {gpu.index} {gpu.name}"
             (line,) = column[1].plot(monitor.seconds, gpu.utilisation, label=name)
             memory = 100 * np.array(gpu.memory_used) / gpu.memory_total
             column[1].plot(monitor.seconds, memory, ":", color=line.get_color(), label="its memory")
