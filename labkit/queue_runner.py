@@ -17,7 +17,8 @@ from labkit.engine.heard import steps_asked_for, warn_of_left, warned_of_too_few
 from labkit.engine.messages import WorkerError
 from labkit.engine.options import Options
 from labkit.engine.state import Place, Resumable
-from labkit.engine.tf_queue import EagerQueue, GraphQueue, Shape, dataset_of_passes
+from labkit.engine.tf_queue import EagerQueue, GraphQueue, Shape
+from labkit.passes import dataset_of_passes
 from labkit.quiet import tf
 from labkit.sources import taken_in
 
@@ -255,7 +256,7 @@ class QueueRunner(Resumable):
         self._asked = steps_asked_for()
         return self._place.goes_on
 
-    def _open_pass(self, shape: Shape) -> tuple[tf.Tensor, tf.Tensor, int]:
+    def _open_pass(self, shape: Shape) -> tuple[EagerQueue, int]:
         with self._lock:
             # A pipeline that reads ahead, of fit or of repeat(), outlives the `with` block.
             if self._left:
@@ -267,7 +268,7 @@ class QueueRunner(Resumable):
             self._place.begin(queue)
             self._passed.append(queue)
             feeder.feed(queue, self._place.newest)
-            return queue.handle, queue.counter.handle, self._place.newest
+            return queue, self._place.newest
 
     def _end_pass(self, number: int) -> None:
         if number != self._place.newest:

@@ -25,6 +25,7 @@ def in_dataset(runner, steps=None, seen=None):
     """The same from dataset()."""
     batches = [] if seen is None else seen
     with runner:
-        for batch in runner.dataset().take(-1 if steps is None else steps):
+        dataset = runner.dataset()
+        for batch in dataset if steps is None else dataset.take(steps):
             batches.append(tf.nest.map_structure(lambda part: part.numpy(), batch))
     return batches

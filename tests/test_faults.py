@@ -87,7 +87,7 @@ def what_is_open():
         "wake-up descriptor": wakeup_descriptor(),
         # Each has native threads of its own, which no list of Python's shows.
         "iterators over a dataset": sum(
-            type(thing).__name__ == "OwnedIterator" for thing in gc.get_objects()
+            isinstance(thing, tf.data.Iterator) for thing in gc.get_objects()
         ),
     }
 

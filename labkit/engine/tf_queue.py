@@ -6,8 +6,9 @@ import contextlib
 import functools
 import itertools
 import os
+import threading
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +16,6 @@ import numpy as np
 
 from labkit.engine.batches import Component, Spec, short
 from labkit.engine.filled import FilledQueue
-from labkit.engine.messages import WorkerError
 from labkit.quiet import tf
 
 _v1 = tf.compat.v1
@@ -99,7 +99,7 @@ class GraphQueue:
         """The tensors of one batch, in the batch's structure."""
         parts = self._dequeue()
         parts = parts if isinstance(parts, list) else [parts]
-        return _shaped(self.spec, parts if self._shape.mixes else _counted(parts, self._counter))
+        return shaped(self.spec, parts if self._shape.mixes else counted(parts, self._counter))
 
     def attach(self, sess: Any) -> "SessionQueue":
         """Raises RuntimeError for a session that had it before: there it is closed for good; and
@@ -256,6 +256,7 @@ class EagerQueue(FilledQueue):
                 else tf.raw_ops.FIFOQueueV2(capacity=shape.capacity // shape.batch_size, **common)
             )
             self.counter = tf.Variable(0, trainable=False, dtype=tf.int64)
+        self._here, self._counting = 0, threading.Lock()  # batches that came out by `take`
         weakref.finalize(self, names.give_back, name, self.handle).atexit = False
 
     def _put(self, arrays: list[Any]) -> None:
@@ -276,11 +277,19 @@ class EagerQueue(FilledQueue):
         tf.raw_ops.QueueCloseV2(handle=self.handle, cancel_pending_enqueues=cancel)
 
     def _drain_some(self) -> None:
-        _dequeue(self.handle, self._shape)
+        dequeue(self.handle, self._shape)
+
+    def take(self) -> Any:
+        """The next batch, in the batch's structure. Raises OpError if the queue is closed."""
+        with tf.device("/CPU:0"):
+            parts = dequeue(self.handle, self._shape)
+        with self._counting:
+            self._here += 1
+        return self._shape.spec.pack(iter(parts))
 
     def taken(self) -> int:
         """Batches that came out, of a queue that does not mix."""
-        return _eagerly(lambda: int(self.counter.read_value()))
+        return self._here + _eagerly(lambda: int(self.counter.read_value()))
 
     def size(self) -> int:
         return _eagerly(super().size)
@@ -289,7 +298,7 @@ class EagerQueue(FilledQueue):
         _eagerly(functools.partial(super().close, cancel))
 
 
-def _dequeue(handle: tf.Tensor, shape: Shape) -> list[tf.Tensor]:
+def dequeue(handle: tf.Tensor, shape: Shape) -> list[tf.Tensor]:
     if not shape.mixes:
         return tf.raw_ops.QueueDequeueV2(handle=handle, component_types=shape.types)
     return tf.raw_ops.QueueDequeueUpToV2(
@@ -297,7 +306,7 @@ def _dequeue(handle: tf.Tensor, shape: Shape) -> list[tf.Tensor]:
     )
 
 
-def _counted(parts: list[tf.Tensor], counter: tf.Tensor) -> list[tf.Tensor]:
+def counted(parts: list[tf.Tensor], counter: tf.Tensor) -> list[tf.Tensor]:
     """A batch that came out, noted where TensorFlow takes it: whoever puts batches in knows of it a
     little later, so that the queue's size does not tell."""
     with tf.control_dependencies(parts), tf.device("/CPU:0"):
@@ -307,92 +316,10 @@ def _counted(parts: list[tf.Tensor], counter: tf.Tensor) -> list[tf.Tensor]:
             return [tf.identity(part) for part in parts]
 
 
-def dataset_of_passes(
-    shape: Shape,
-    on_iteration: Callable[[], bool],
-    open_pass: Callable[[], tuple[tf.Tensor, tf.Tensor, int]],
-    end_pass: Callable[[int], None],
-    batches: int | None,
-) -> tf.data.Dataset:
-    """A dataset whose every iteration is a pass: what comes out of a queue until it is closed.
-
-    Args:
-        on_iteration: called by whoever iterates over the dataset itself, ahead of `open_pass`;
-            says whether the pass is only the rest of one.
-        open_pass: called at the start of an iteration; returns an EagerQueue's handle, that of its
-            counter, and the number of the pass.
-        end_pass: called with that number when the queue has given its last batch; what it raises
-            the iteration raises.
-        batches: of a pass, if known.
-    """
-    plain = tf.autograph.experimental.do_not_convert
-
-    def one_pass(_: tf.Tensor) -> tf.data.Dataset:
-        opened = functools.partial(_plainly, open_pass)
-        handles = [tf.resource, tf.resource, tf.int64]
-        handle, counter, number = tf.py_function(opened, [], handles)
-
-        def dequeue(_: tf.Tensor) -> Any:
-            parts = _dequeue(handle, shape)
-            return _shaped(shape.spec, parts if shape.mixes else _counted(parts, counter))
-
-        def never(_: tf.Tensor) -> tf.Tensor:
-            return tf.ensure_shape(tf.py_function(ended, [number], tf.bool), [])
-
-        # The v1 map ends quietly where the queue is closed and empty; the v2 map would raise.
-        steps = _v1.data.Dataset.range(np.iinfo(np.int64).max).map(plain(dequeue))
-        # No element: a place at the end at which to raise.
-        return steps.concatenate(tf.data.Dataset.range(1).filter(plain(never)).map(plain(dequeue)))
-
-    def ended(number: tf.Tensor) -> bool:
-        _plainly(functools.partial(end_pass, int(number)))
-        return False
-
-    with _debug_mode_off():
-        dataset = tf.data.Dataset.range(1).flat_map(plain(one_pass))
-    if not shape.mixes:
-        # It would take two batches ahead, which nobody could tell from those that were used.
-        options = tf.data.Options()
-        options.experimental_optimization.inject_prefetch = False
-        dataset = dataset.with_options(options)
-    of_any_length = dataset
-    if batches is not None:
-        dataset = dataset.apply(tf.data.experimental.assert_cardinality(batches))
-
-    class Passes(type(dataset)):  # type: ignore[misc]
-        def __iter__(self) -> Any:
-            shorter = on_iteration() and batches is not None
-            return iter(of_any_length) if shorter else super().__iter__()
-
-    dataset.__class__ = Passes
-    return dataset
-
-
-@contextlib.contextmanager
-def _debug_mode_off() -> Iterator[None]:
-    """tf.data's debug mode would run ops in Python, where a queue's end is no end, but an error."""
-    from tensorflow.python.data.ops import debug_mode
-
-    was_on = debug_mode.DEBUG_MODE
-    debug_mode.toggle_debug_mode(False)
-    try:
-        yield
-    finally:
-        debug_mode.toggle_debug_mode(was_on)
-
-
-def _plainly(call: Callable[[], Any]) -> Any:
-    """The result of `call`. TensorFlow is to print its error, not the cause that it carries."""
-    try:
-        return call()
-    except WorkerError as error:
-        raise WorkerError(str(error)) from None
-
-
 def _tf_type(component: Component) -> tf.DType:
     return tf.string if component.is_text else tf.as_dtype(component.dtype)
 
 
-def _shaped(spec: Spec, parts: Iterable[tf.Tensor]) -> Any:
+def shaped(spec: Spec, parts: Iterable[tf.Tensor]) -> Any:
     pairs = zip(spec.components, parts, strict=True)
     return spec.pack(tf.ensure_shape(part, (None, *c.shape)) for c, part in pairs)

@@ -1,0 +1,159 @@
+"""A runner's passes as a tf.data.Dataset, for `fit` and for loops in Python."""
+
+import contextlib
+import functools
+import weakref
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+
+from labkit.engine.messages import WorkerError
+from labkit.engine.tf_queue import EagerQueue, Shape, counted, dequeue, shaped
+from labkit.quiet import tf
+
+
+def dataset_of_passes(
+    shape: Shape,
+    on_iteration: Callable[[], bool],
+    open_pass: Callable[[], tuple[EagerQueue, int]],
+    end_pass: Callable[[int], None],
+    batches: int | None,
+) -> tf.data.Dataset:
+    """A dataset whose every iteration is a pass: what comes out of a queue until it is closed.
+
+    Args:
+        on_iteration: called by whoever iterates over the dataset itself, ahead of `open_pass`;
+            says whether the pass is only the rest of one.
+        open_pass: called at the start of an iteration; returns its queue, and the number of the
+            pass.
+        end_pass: called with that number when the queue has given its last batch; what it raises
+            the iteration raises.
+        batches: of a pass, if known.
+    """
+    plain = tf.autograph.experimental.do_not_convert
+    opened = _Opened()
+
+    def one_pass(_: tf.Tensor) -> tf.data.Dataset:
+        def begin() -> tuple[tf.Tensor, tf.Tensor, int]:
+            queue, number = open_pass()
+            opened.note(queue)
+            return queue.handle, queue.counter.handle, number
+
+        handles = [tf.resource, tf.resource, tf.int64]
+        handle, counter, number = tf.py_function(functools.partial(_plainly, begin), [], handles)
+
+        def take(_: tf.Tensor) -> Any:
+            parts = dequeue(handle, shape)
+            return shaped(shape.spec, parts if shape.mixes else counted(parts, counter))
+
+        def never(_: tf.Tensor) -> tf.Tensor:
+            return tf.ensure_shape(tf.py_function(ended, [number], tf.bool), [])
+
+        # The v1 map ends quietly where the queue is closed and empty; the v2 map would raise.
+        steps = tf.compat.v1.data.Dataset.range(np.iinfo(np.int64).max).map(plain(take))
+        # No element: a place at the end at which to raise.
+        return steps.concatenate(tf.data.Dataset.range(1).filter(plain(never)).map(plain(take)))
+
+    def ended(number: tf.Tensor) -> bool:
+        _plainly(functools.partial(end_pass, int(number)))
+        return False
+
+    with _debug_mode_off():
+        dataset = tf.data.Dataset.range(1).flat_map(plain(one_pass))
+    if not shape.mixes:
+        # It would take two batches ahead, which nobody could tell from those that were used.
+        options = tf.data.Options()
+        options.experimental_optimization.inject_prefetch = False
+        dataset = dataset.with_options(options)
+    of_any_length = dataset
+    if batches is not None:
+        dataset = dataset.apply(tf.data.experimental.assert_cardinality(batches))
+
+    class Passes(type(dataset)):  # type: ignore[misc]
+        def __iter__(self) -> Any:
+            most = None if on_iteration() else batches
+            eager = tf.executing_eagerly()
+            # In Python most would come past the dataset that counts what is to come.
+            counts = batches is None or (most is not None and not eager)
+            iterator = super().__iter__() if counts else iter(of_any_length)
+            return _in_python(iterator, opened, most) if eager else iterator
+
+    dataset.__class__ = Passes
+    return dataset
+
+
+class _Opened:
+    """How many passes were begun, and the queue of the newest, as long as somebody has it."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.newest: Callable[[], EagerQueue | None] = lambda: None
+
+    def note(self, queue: EagerQueue) -> None:
+        self.count, self.newest = self.count + 1, weakref.ref(queue)
+
+
+def _in_python(iterator: Any, opened: _Opened, most: int | None) -> Any:
+    kind: Any = type(iterator)
+    iterator.__class__ = _kind_in_python(kind)
+    iterator._opened, iterator._most = opened, most
+    return iterator
+
+
+@functools.cache
+def _kind_in_python(kind: Any) -> type:
+    """The iterator, whose `next` takes batches from the queue itself: by way of tf.data each costs
+    the loop a good half of a millisecond more. The first one and the end come by that way."""
+
+    class InPython(kind):  # type: ignore[misc]
+        _opened: _Opened
+        _most: int | None
+        _queue: EagerQueue | None = None
+        _begins = True
+        _came = 0
+
+        def __next__(self) -> Any:
+            batch = self._next()
+            self._came += 1
+            if self._came > (self._most or self._came):
+                raise WorkerError(
+                    f"QueueRunner: a pass has more than the {self._most} batches that samples= "
+                    "tells. Correct the number, or let the iterator end."
+                )
+            return batch
+
+        def _next(self) -> Any:
+            if self._queue is not None and tf.executing_eagerly():
+                with contextlib.suppress(tf.errors.OpError):
+                    return self._queue.take()
+                self._queue = None
+            before, begins, self._begins = self._opened.count, self._begins, False
+            batch = super().__next__()
+            # If others have begun as well, in other threads, it is not known whose is whose.
+            if begins and self._opened.count == before + 1:
+                self._queue = self._opened.newest()
+            return batch
+
+    return InPython
+
+
+@contextlib.contextmanager
+def _debug_mode_off() -> Iterator[None]:
+    """tf.data's debug mode would run ops in Python, where a queue's end is no end, but an error."""
+    from tensorflow.python.data.ops import debug_mode
+
+    was_on = debug_mode.DEBUG_MODE
+    debug_mode.toggle_debug_mode(False)
+    try:
+        yield
+    finally:
+        debug_mode.toggle_debug_mode(was_on)
+
+
+def _plainly(call: Callable[[], Any]) -> Any:
+    """The result of `call`. TensorFlow is to print its error, not the cause that it carries."""
+    try:
+        return call()
+    except WorkerError as error:
+        raise WorkerError(str(error)) from None
