@@ -99,7 +99,7 @@ class RayPool(Pool):
         try:
             return self._ray.put((packed[0], [pickle.PickleBuffer(b) for b in packed[1]]))
         except (full.OutOfDiskError, full.ObjectStoreFullError) as error:
-            size = sum(memoryview(part).nbytes for part in packed[1])
+            size = len(packed[0]) + sum(memoryview(part).nbytes for part in packed[1])
             has = cluster.store(self._ray, self._ray.get_runtime_context().get_node_id())
             raise MemoryError(
                 f"labkit: the arrays that the factory uses need {size / 1e6:.1f} MB, and Ray's "
