@@ -16,6 +16,8 @@ ray = pytest.importorskip("ray")
 
 from labkit import QueueRunner, WorkerError, diagnose  # noqa: E402
 from labkit.engine import KINDS, cluster  # noqa: E402
+from labkit.instruments import diagnosis  # noqa: E402
+from labkit.machine import usable_cores  # noqa: E402
 from tests import test_faults, test_kinds  # noqa: E402
 from tests.consumers import IN_SECONDS, in_dataset  # noqa: E402
 from tests.programs import run_program  # noqa: E402
@@ -203,6 +205,11 @@ def test_diagnose_takes_the_cluster_as_a_kind(own, few_settings, monkeypatch):
     report = diagnose(factory, 0.002, seconds=1.0, progress=False, workers=("thread", "ray"))
     assert not report.problems and report.demands["ray"].wall > 0.01
     assert "an actor takes" in str(report) and "1 actor" in {row.name for row in report.rows}
+    handed = {kind: need.handed for kind, need in report.demands.items()}
+    assert handed["ray"] > handed["thread"] >= 0 and " ms by one actor" in str(report)
+    assert 1e6 < report.demands["ray"].memory < 400e6
+    monkeypatch.setitem(KINDS, "ray", replace(KINDS["ray"], limit=lambda: 64))
+    assert diagnosis._cores("ray") == 64 and diagnosis._cores("thread") == usable_cores()
 
 
 @pytest.mark.slow  # a process that imports Ray
