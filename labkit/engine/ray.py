@@ -180,7 +180,8 @@ class RayPool(Pool):
             actor.idle += 1
             return Ended(worker, epoch, life)
         summary, text, code, *number = content
-        text = f"On {actor.node or 'a node'}:\n{readable(text)}"
+        where = actor.node or self._asked(actor, "where") or "a node"
+        text = f"On {where}:\n{readable(text)}"
         failed = summary, text, load_error(code, summary)
         if kind == "skipped":
             return Skipped(worker, *failed, epoch, number[0], slots, life=life)
