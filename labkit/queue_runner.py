@@ -85,8 +85,7 @@ class QueueRunner(Resumable):
         max_skipped: how many batches "skip" may leave out of a pass; one more is a WorkerError.
             Default: 1 % of those that came so far, but at least 10.
         max_restarts: how often "restart" may, of a worker; then its error is raised.
-        worker_options: of "ray": an actor's (num_cpus, resources, runtime_env, ...), and address;
-            another one than that of the cluster in use is a ValueError.
+        worker_options: of "ray": an actor's (num_cpus, resources, runtime_env, ...), and address.
 
     Attributes: each argument but `samples`, as it was given, and
         error: the WorkerError that ended the run, or None.

@@ -4,14 +4,20 @@ import contextlib
 import socket
 import threading
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 ray = pytest.importorskip("ray")
 
+from ray._private import services  # noqa: E402
+
 from labkit import QueueRunner, WorkerError  # noqa: E402
 from labkit.engine import KINDS, cluster  # noqa: E402
+from labkit.engine.actor import Producer  # noqa: E402
+from labkit.engine.pickling import pack_factory  # noqa: E402
+from labkit.engine.produce import IteratorFactory  # noqa: E402
 from labkit.engine.ray import RayPool  # noqa: E402
 
 
@@ -21,6 +27,7 @@ def no_cluster(monkeypatch, tmp_path):
     monkeypatch.setattr(ray, "is_initialized", lambda: False)
     monkeypatch.setattr(ray, "init", None)
     monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
+    monkeypatch.setattr(services, "find_gcs_addresses", list)
     monkeypatch.setattr(cluster, "_ANSWERS", 0.3)
 
 
@@ -70,9 +77,11 @@ def test_where_nothing_answers_the_address_is_named_and_who_gave_it(monkeypatch,
     monkeypatch.setenv("RAY_ADDRESS", dead)
     assert f"at {dead}, as given by RAY_ADDRESS: " in refused(None)
     # What a cluster that is gone has left in Ray's folder.
-    (tmp_path / "ray_current_cluster").write_text(dead)
+    (tmp_path / "ray").mkdir()
+    (tmp_path / "ray" / "ray_current_cluster").write_text(dead)
     monkeypatch.setenv("RAY_ADDRESS", "auto")
-    assert "at auto, as given by RAY_ADDRESS: " in refused(None)
+    told = refused(None)
+    assert "at auto, as given by RAY_ADDRESS: " in told and f":{dead.split(':')[1]})" in told
 
 
 def test_a_server_that_keeps_silent_or_is_something_else_is_no_cluster():
@@ -86,9 +95,6 @@ def test_a_server_that_keeps_silent_or_is_something_else_is_no_cluster():
 
 class Context:
     gcs_address = "127.0.0.1:1234"
-
-    def get_node_id(self):
-        return "ab" * 16
 
 
 def test_another_cluster_than_the_one_in_use_is_told(monkeypatch):
@@ -151,19 +157,38 @@ def test_the_head_is_gone_once_it_has_kept_silent_for_a_while(monkeypatch):
     assert head.gone
 
 
-def test_arrays_of_the_factory_that_the_store_has_no_room_for_are_told(monkeypatch):
-    def full(_):
-        raise ray.exceptions.ObjectStoreFullError("full")
-
-    monkeypatch.setattr(ray, "get_runtime_context", Context)
-    monkeypatch.setattr(cluster, "connect", lambda *_: ray)
-    monkeypatch.setattr(ray, "put", full)
-    one = {"NodeID": "ab" * 16, "Resources": {"object_store_memory": 2e6}}
-    monkeypatch.setattr(ray, "nodes", lambda: [one])
-    big = np.zeros(3_000_000, np.uint8)
+def test_chunks_travel_together_only_while_they_come_at_once():
+    """So that none that is done waits for one that takes long."""
 
     def factory():
-        yield (big,)
+        for number in range(30):
+            time.sleep(0.02 if number in (0, 12) else 0.0)
+            yield (np.full(4, number),)
 
-    with pytest.raises(MemoryError, match=r"need 3\.0 MB, and .* holds 2\.0 MB"):
-        QueueRunner(factory, 4, 1, "ray").dataset()
+    code, parts = pack_factory(IteratorFactory(factory, 1), "ray")
+    producer = Producer(
+        (packed[0], [bytes(part) for part in packed[1]]), (0, None, False, False, 0)
+    )
+    calls = []
+    while told := producer.next(0):
+        calls.append([int(one[1][0][0]) for one in told if one[0] == "chunk"])
+    assert [number for call in calls for number in call] == list(range(30))
+    slow = next(call for call in calls if 12 in call)
+    assert calls[0] == [0] and calls[1] == [1] and slow[-1] == 12
+    assert max(map(len, calls)) > 1 and max(map(len, calls)) <= 8
+    assert len(calls[calls.index(slow) + 1]) == 1
+    assert producer.nbytes() >= 4 * 8
+
+
+def test_what_the_object_store_has_no_room_for_is_told_with_both_sizes(monkeypatch):
+    actor = SimpleNamespace(node="10.0.0.1 (node abababab)", life=0)
+    node = {"NodeID": "ab" * 16, "Resources": {"object_store_memory": 83.9e6}}
+    monkeypatch.setattr(ray, "nodes", lambda: [node])
+    pool = RayPool.__new__(RayPool)
+    pool._ray, pool._actors = ray, [actor]
+    pool._asked, pool._kill = lambda *_: 200_000_000, lambda _: None
+    for error in (ray.exceptions.OutOfDiskError("full"), ray.exceptions.ObjectStoreFullError("")):
+        told = pool._lost(0, error).as_error()
+        assert "object store on 10.0.0.1" in str(told) and "died" not in str(told)
+        assert "200.0 MB in one call, and all of the store is 83.9 MB" in str(told)
+    assert "its actor is gone" in str(pool._lost(0, OSError("another")).as_error())

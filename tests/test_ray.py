@@ -125,13 +125,15 @@ def test_the_same_actors_make_every_pass_and_share_the_arrays_of_the_factory(own
     def factory(worker, n_workers, epoch):
         if epoch == 2:
             raise LookupError("no third pass")
-        yield (np.full(4, os.getpid() * data[worker]),)
+        yield (np.full(4, os.getpid() * int(data[worker])),)
 
-    with QueueRunner(factory, 4, 2, "ray", **SMALL) as runner:
+    runner = QueueRunner(factory, 4, 2, "ray", **SMALL)
+    told = r"LookupError(?s:.*)On [0-9.]+ \(node [0-9a-f]+\)"
+    with pytest.raises(WorkerError, match=told), runner:
         passes = [{int(i) for (pids,) in runner.dataset() for i in pids} for _ in range(2)]
-        assert 30e6 <= _bytes_in_store() < 45e6
-        with pytest.raises(WorkerError, match=r"LookupError(?s:.*)On [0-9.]+ \(node [0-9a-f]+\)"):
-            list(runner.dataset())
+        in_store = _bytes_in_store()
+        list(runner.dataset())
+    assert 30e6 <= in_store < 45e6
     assert passes[0] == passes[1] and len(passes[0]) == 2
 
 

@@ -72,12 +72,9 @@ def connect(address: str | None, at_exit: Callable[[], None] | None = None) -> A
 
 
 def _expect_in_use(ray: Any, address: str | None) -> None:
-    used = ray.get_runtime_context().gcs_address
-    if (
-        address is None
-        or (address == "local" and is_own())
-        or _resolved(address) == _resolved(used)
-    ):
+    used = str(ray.get_runtime_context().gcs_address)
+    same = address is None or (address == "local" and is_own())
+    if same or _canonical(str(address)) == _canonical(used):
         return
     raise ValueError(
         f"labkit: the cluster at address={address!r} was asked for, and this process uses the one "
@@ -85,15 +82,12 @@ def _expect_in_use(ray: Any, address: str | None) -> None:
     )
 
 
-def _resolved(address: str) -> str:
+def _canonical(address: str) -> str:
     from ray._private import services
 
-    try:
-        where = str(services.canonicalize_bootstrap_address(address))
-        host, _, port = where.rpartition(":")
-        return f"{socket.gethostbyname(host)}:{port}"
-    except Exception:  # of "auto", where there is none
-        return address
+    with contextlib.suppress(Exception):  # of "auto", where there is none
+        return str(services.canonicalize_bootstrap_address(address))
+    return address
 
 
 def is_own() -> bool:
@@ -119,10 +113,12 @@ def _join(ray: Any, address: str) -> None:
         "Correct it, start a cluster (ray start --head), or leave the address away: labkit then "
         "starts one on this machine."
     )
+    where = ""
     try:
-        where = services.canonicalize_bootstrap_address(address)  # of "auto", what Ray has noted
-        _await_answer(str(where))
-        _try_token(str(where))
+        # Of "auto", what Ray has noted.
+        where = str(services.canonicalize_bootstrap_address(address))
+        _await_answer(where)
+        _try_token(where)
         ray.init(address=address)
     except ray.exceptions.AuthenticationError as error:
         raise ConnectionError(
@@ -131,7 +127,7 @@ def _join(ray: Any, address: str) -> None:
             "RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH, before Ray is used."
         ) from error
     except Exception as error:
-        raise ConnectionError(f"{told}: {error}. {otherwise}") from error
+        raise ConnectionError(f"{told}: {error} ({where}). {otherwise}") from error
 
 
 def _await_answer(where: str) -> None:

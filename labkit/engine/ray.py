@@ -38,12 +38,10 @@ _POOLS: "weakref.WeakSet[RayPool]" = weakref.WeakSet()
 class _Actor:
     """The driver's side of one of them."""
 
-    def __init__(
-        self, handle: Any, life: int, where: Any, begin: tuple[int, int], in_vain: int
-    ) -> None:
+    def __init__(self, handle: Any, life: int, where: Any, begin: Any, vain: int) -> None:
         self.handle, self.life, self._where = handle, life, where
         self.begin = begin  # pass, and its chunk
-        self.in_vain = in_vain  # so many before it in this life were lost without a place
+        self.vain = vain  # so many before it in this life were lost without a place
         self.calls: collections.deque[tuple[int, Any]] = collections.deque()  # passes, and futures
         self.idle = 0  # places whose calls found nothing to bring
         self.gone = False
@@ -76,7 +74,6 @@ class RayPool(Pool):
         ImportError: Ray is not installed.
         ConnectionError: no cluster answers at the address.
         ValueError: this process uses another cluster already.
-        MemoryError: the arrays that the factory uses do not fit into Ray's object store.
         TypeError: the factory, or something that it refers to, cannot be pickled.
     """
 
@@ -87,42 +84,29 @@ class RayPool(Pool):
         self._ray = cluster.connect(options.pop("address", None), _end_all)
         # On this machine alone there may be more workers than cores, as there may be of processes.
         self._options = {"num_cpus": 0 if cluster.is_own() else 1, **options}
-        self._packed = self._put(packed)
+        parts = [pickle.PickleBuffer(buffer) for buffer in packed[1]]
+        self._packed = self._ray.put((packed[0], parts))
         self._actors: list[_Actor] = []
         self._waiting: set[int] = set()  # of whose place nothing is known
         self._head = cluster.Head(self._ray)
         self._came: queue.SimpleQueue[int | None] = queue.SimpleQueue()  # whose call is done
         _POOLS.add(self)
 
-    def _put(self, packed: tuple[bytes, list[Any]]) -> Any:
-        full = self._ray.exceptions
-        try:
-            return self._ray.put((packed[0], [pickle.PickleBuffer(b) for b in packed[1]]))
-        except (full.OutOfDiskError, full.ObjectStoreFullError) as error:
-            size = len(packed[0]) + sum(memoryview(part).nbytes for part in packed[1])
-            has = cluster.store(self._ray, self._ray.get_runtime_context().get_node_id())
-            raise MemoryError(
-                f"labkit: the arrays that the factory uses need {size / 1e6:.1f} MB, and Ray's "
-                f"object store here holds {has / 1e6:.1f} MB. Load them inside the factory, or "
-                "give Ray more (object_store_memory)."
-            ) from error
-
     def _start(self, worker: int, life: int, begin: int) -> None:
-        in_vain = 0
+        vain = 0
         for before in self._actors[worker : worker + 1]:
             self._kill(before)
             if not before.node:
                 time.sleep(_AGAIN)
-            in_vain = before.in_vain + 1 if life == before.life else 0
+            vain = before.vain + 1 if life == before.life else 0
         job = self.job
         actor = self._ray.remote(concurrency_groups={"aside": 1})(Producer)
         orders = worker, self.spec, job.stages, job.skip, begin
         handle = actor.options(**self._options).remote(self._packed, orders)
         where = handle.where.options(**_ASIDE).remote().future()
         where.add_done_callback(lambda _: self._came.put(None))
-        self._actors[worker : worker + 1] = [
-            _Actor(handle, life, where, (self.epoch, begin), in_vain)
-        ]
+        new = _Actor(handle, life, where, (self.epoch, begin), vain)
+        self._actors[worker : worker + 1] = [new]
         self._waiting.add(worker)
         for _ in range(PLACES):
             self._call(worker)
@@ -181,8 +165,7 @@ class RayPool(Pool):
             return Ended(worker, epoch, life)
         summary, text, code, *number = content
         where = actor.node or self._asked(actor, "where") or "a node"
-        text = f"On {where}:\n{readable(text)}"
-        failed = summary, text, load_error(code, summary)
+        failed = summary, f"On {where}:\n{readable(text)}", load_error(code, summary)
         if kind == "skipped":
             return Skipped(worker, *failed, epoch, number[0], slots, life=life)
         self._kill(actor)
@@ -192,39 +175,30 @@ class RayPool(Pool):
         """Whether one that was to replace a lost one is replaced itself: Ray may have given it a
         place on the machine that is gone, and that is no second fault."""
         actor = self._actors[worker]
-        again = actor.life > 0 and not actor.node and actor.in_vain < _IN_VAIN
+        again = actor.life > 0 and not actor.node and actor.vain < _IN_VAIN
         if again and not self._stopping:
             epoch, begin = actor.begin
             self._start(worker, actor.life, begin if epoch == self.epoch else 0)
         return again
 
     def _lost(self, worker: int, error: BaseException) -> Lost:
-        actor = self._actors[worker]
+        actor, full = self._actors[worker], self._ray.exceptions
         where = f" on {actor.node}" if actor.node else ""
-        full = self._ray.exceptions
-        if isinstance(error, (full.OutOfDiskError, full.ObjectStoreFullError)):
-            size, has = self._asked(actor, "nbytes") or 0, cluster.store(self._ray, actor.node)
-            self._kill(actor)
-            return Lost(
-                worker,
-                f"made what the object store{where} has no room for: {size / 1e6:.1f} MB in one "
-                f"call, and all of the store is {has / 1e6:.1f} MB, with no disk left beside it. "
-                "Yield smaller batches, or give Ray more (object_store_memory, or the disk of "
-                "its folder for temporary files)",
-                f"What Ray says of it:\n{error}",
-                error,
-                life=actor.life,
-            )
-        self._kill(actor)
-        return Lost(
-            worker,
+        why = (
             f"died{where}: its actor is gone, or what it made ({type(error).__name__}). Look for a "
             "crash in native code, for a killer of processes that use too much memory, or for a "
-            "machine that left the cluster.",
-            f"What Ray says of it:\n{error}",
-            error,
-            life=actor.life,
+            "machine that left the cluster."
         )
+        if isinstance(error, (full.OutOfDiskError, full.ObjectStoreFullError)):
+            size, has = self._asked(actor, "nbytes") or 0, cluster.store(self._ray, actor.node)
+            why = (
+                f"made what the object store{where} has no room for: {size / 1e6:.1f} MB in one "
+                f"call, and all of the store is {has / 1e6:.1f} MB, with no disk left beside it. "
+                "Yield smaller batches, or give Ray more (object_store_memory, or disk)."
+            )
+        self._kill(actor)
+        text = f"What Ray says of it:\n{error}"
+        return Lost(worker, why, text, error, life=actor.life)
 
     def _without_a_place(self, worker: int) -> Lost | None:
         """If it still has none, and the cluster has none."""
