@@ -166,9 +166,7 @@ def test_chunks_travel_together_only_while_they_come_at_once():
             yield (np.full(4, number),)
 
     code, parts = pack_factory(IteratorFactory(factory, 1), "ray")
-    producer = Producer(
-        (packed[0], [bytes(part) for part in packed[1]]), (0, None, False, False, 0)
-    )
+    producer = Producer((code, [bytes(part) for part in parts]), (0, None, False, False, 0))
     calls = []
     while told := producer.next(0):
         calls.append([int(one[1][0][0]) for one in told if one[0] == "chunk"])
