@@ -87,7 +87,7 @@ def _parser() -> Parser:
         type=_number_of_workers,
         help="workers that make batches; auto: as many as it takes",
     )
-    kind = "kind of worker; process for generators that hold Python's lock"
+    kind = "kind of worker; process for generators that hold Python's lock; ray: a Ray cluster's"
     add("--workers", choices=KINDS, help=kind)
     sleeps = "time that the generator sleeps per batch, standing for heavy work"
     add("--delay", metavar="SECONDS", type=float, help=sleeps)

@@ -34,7 +34,7 @@ def train(
     batch_size: int = 32,
     delay: float = 0.05,
     iterator: Callable[..., Iterable[Any]] | None = None,
-    workers: Literal["thread", "process"] = "thread",
+    workers: Literal["thread", "process", "ray"] = "thread",
     learning_rate: float = 1e-4,
     capacity: int | None = None,
     min_after_dequeue: int | None = None,
@@ -54,13 +54,13 @@ def train(
     Args:
         pipeline: "feed_dict", the serial loop; "queue", through a `QueueRunner`; or "constant",
             one batch over and over: the compute-only rate, which no pipeline can beat.
-        n_workers: workers of the queue (threads, or processes if workers="process"), or "auto".
+        n_workers: workers of the queue, of the kind `workers`, or "auto".
         epochs, steps: of `steps` steps each. Defaults 10 and 1875 (60,000 samples of 32).
         batch_size: samples per step. Default 32.
         delay: seconds that the default iterator sleeps per batch, for heavy work. Default 0.05.
         iterator: a factory of batches `(images, labels)`, in place of the default, which passes
             over the training set again and again, every sample once a pass.
-        workers: "thread" or "process".
+        workers: "thread", "process" or "ray".
         learning_rate: of Adam. Default 1e-4.
         capacity, min_after_dequeue: of the queue, in samples. Defaults 2000 and 1000, more for
             batches of more than 250.

@@ -214,6 +214,40 @@ def test_no_more_batches_come_than_their_bytes_can_be_moved():
     assert bounds(4, faster)["moving the bytes"] == pytest.approx(130)
 
 
+def test_a_cluster_has_its_own_cores_and_what_it_reaches_says_nothing_of_this_machine():
+    here = Demands(0.5, 0.5, 0, 0.01, 0.01, 2, handed=2e-4)
+    there = replace(here, cores=64, handed=4.5e-3)
+    numbers = laws.counts(64, there)
+    assert numbers[-1] == 64 == laws.to_try(numbers, there)[-1]
+    by_law = {n: rate for n, rate, _, _ in laws.predict(numbers, there, {1: [1.9]}, 0.1, 0.1)}
+    assert by_law[64] > 50 and laws.limit(64, there, 90) == "the model"
+    # The same generator on this machine's two cores is bound by them, whatever the cluster does.
+    needs = {"process": here, "ray": there}
+    found = laws.corrected(needs, {("ray", 64): 95.0, ("process", 2): 3.8})
+    assert found["process"].cpu == pytest.approx(0.5) and found["process"].step == 0.01
+    assert bounds(2, found["process"])["the cores"] < 4 < 90 < bounds(64, found["ray"])["the cores"]
+    # What was reached here, on no more cores, holds there as well.
+    faster = laws.corrected(needs, {("process", 2): 8.0})
+    assert faster["process"].cpu < 0.3 and faster["ray"].cpu == 0.5
+    words = laws.handing({"process": here, "actor": there})
+    assert "0.2 ms by one process, 4.5 ms by one actor" in words
+
+
+def test_the_servers_of_a_ray_that_has_just_started_are_no_workers():
+    class Process:
+        def __init__(self, *line):
+            self.cmdline = lambda: line
+
+    for own in (
+        ("/lib/site-packages/ray/core/src/ray/raylet/raylet", "--node=1"),
+        ("python", "-u", "/lib/site-packages/ray/_private/log_monitor.py"),
+        ("ray::IDLE",),
+    ):
+        assert not measure._is_worker(Process(*own))
+    assert measure._is_worker(Process("ray::Producer.next"))
+    assert measure._is_worker(Process("python", "-m", "labkit.engine.child"))
+
+
 def test_more_workers_than_there_is_memory_for_are_not_tried_and_are_bound_by_it():
     need = Demands(0.05, 0.001, 0, 0.001, 0.001, 8, memory=1.5e9, free=7e9)
     assert laws.to_try([1, 2, 4, 8], need)[-1] == 4

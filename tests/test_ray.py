@@ -3,8 +3,10 @@
 Two clusters for all of it: labkit's own, and one of two nodes, of which one is killed.
 """
 
+import faulthandler
 import os
 import sys
+import threading
 import time
 import warnings
 from dataclasses import replace
@@ -16,11 +18,15 @@ ray = pytest.importorskip("ray")
 
 from labkit import QueueRunner, WorkerError, diagnose  # noqa: E402
 from labkit.engine import KINDS, cluster  # noqa: E402
+from labkit.engine.ray import RayPool  # noqa: E402
+from labkit.instruments import diagnosis  # noqa: E402
+from labkit.machine import usable_cores  # noqa: E402
 from tests import test_faults, test_kinds  # noqa: E402
 from tests.consumers import IN_SECONDS, in_dataset  # noqa: E402
 from tests.programs import run_program  # noqa: E402
 
 SMALL = {"capacity": 64, "min_after_dequeue": 8}
+_HANGS_AFTER = 300.0
 
 # The same tests as of threads and processes.
 test_passes_begin_afresh_and_end = test_kinds.test_passes_begin_afresh_and_end
@@ -62,17 +68,24 @@ def own():
 
 @pytest.fixture
 def nothing_left_running(request):
-    """In place of the one for all tests: Ray's processes stay for the next test; no actor does, and
-    no object in its store."""
+    """In place of the one for all tests: Ray's processes stay for the next test; no actor does, no
+    object in its store, and no thread of labkit's."""
     if request.node.name.startswith("test_without"):
         yield
         return
     request.getfixturevalue("two_nodes" if "two_nodes" in request.fixturenames else "own")
     shared = sorted(os.listdir("/dev/shm"))
+    faulthandler.dump_traceback_later(_HANGS_AFTER, exit=True)
     yield
+    faulthandler.cancel_dump_traceback_later()
+    _in_seconds(lambda: not _labkit_threads(), "a thread of labkit's lives")
     _in_seconds(lambda: not _living_actors(), "an actor lives")
     _in_seconds(lambda: not _bytes_in_store(), "objects are left in the store")
     assert sorted(os.listdir("/dev/shm")) == shared
+
+
+def _labkit_threads():
+    return [one for one in threading.enumerate() if one.name.startswith("labkit")]
 
 
 def _living_actors():
@@ -106,7 +119,25 @@ def index_of(batches):
     return sorted(int(i) for (index,) in batches for i in index)
 
 
-def test_a_killed_actor_is_told_with_its_node_and_restarted(own, tmp_path):
+def test_the_same_actors_make_every_pass_and_share_the_arrays_of_the_factory(own):
+    data = np.ones(30_000_000, np.uint8)
+
+    def factory(worker, n_workers, epoch):
+        if epoch == 2:
+            raise LookupError("no third pass")
+        yield (np.full(4, os.getpid() * int(data[worker])),)
+
+    runner = QueueRunner(factory, 4, 2, "ray", **SMALL)
+    told = r"LookupError(?s:.*)On [0-9.]+ \(node [0-9a-f]+\)"
+    with pytest.raises(WorkerError, match=told), runner:
+        passes = [{int(i) for (pids,) in runner.dataset() for i in pids} for _ in range(2)]
+        in_store = _bytes_in_store()
+        list(runner.dataset())
+    assert 30e6 <= in_store < 45e6
+    assert passes[0] == passes[1] and len(passes[0]) == 2
+
+
+def test_a_killed_actor_is_told_with_its_node_and_restarted(own, tmp_path, monkeypatch):
     marks = str(tmp_path)
 
     def factory(worker, n_workers, start):
@@ -119,12 +150,23 @@ def test_a_killed_actor_is_told_with_its_node_and_restarted(own, tmp_path):
 
     with pytest.raises(WorkerError, match=r"worker 1 died on [0-9.]+ \(node [0-9a-f]+\)"):
         in_dataset(QueueRunner(factory, 8, 2, "ray", **SMALL))
+    start = RayPool._start
+    lives = []
+
+    def start_on_a_machine_that_is_gone(self, worker, life, begin):
+        start(self, worker, life, begin)
+        lives.append(life)
+        if lives.count(1) == 1 == life:
+            ray.kill(self._actors[worker].handle)
+
+    monkeypatch.setattr(RayPool, "_start", start_on_a_machine_that_is_gone)
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
-        runner = QueueRunner(factory, 8, 2, "ray", on_error="restart", **SMALL)
+        runner = QueueRunner(factory, 8, 2, "ray", on_error="restart", max_restarts=1, **SMALL)
         assert index_of(in_dataset(runner)) == list(range(160))
-    told = [str(w.message) for w in said if "is started again, 1 of 3 times" in str(w.message)]
+    told = [str(w.message) for w in said if "is started again, 1 of 1 times" in str(w.message)]
     assert len(told) == 1 and "worker 1 died on" in told[0]
+    assert lives == [0, 0, 1, 1]  # the one that never had a place counts for nothing
 
 
 def test_a_stall_is_shown_with_its_line_and_large_batches_come_whole(own):
@@ -203,6 +245,20 @@ def test_diagnose_takes_the_cluster_as_a_kind(own, few_settings, monkeypatch):
     report = diagnose(factory, 0.002, seconds=1.0, progress=False, workers=("thread", "ray"))
     assert not report.problems and report.demands["ray"].wall > 0.01
     assert "an actor takes" in str(report) and "1 actor" in {row.name for row in report.rows}
+    handed = {kind: need.handed for kind, need in report.demands.items()}
+    assert handed["ray"] > handed["thread"] >= 0 and " ms by one actor" in str(report)
+    assert 1e6 < report.demands["ray"].memory < 400e6
+    monkeypatch.setitem(KINDS, "ray", replace(KINDS["ray"], limit=lambda: 64))
+    assert diagnosis._cores("ray") == 64 and diagnosis._cores("thread") == usable_cores()
+
+
+@pytest.mark.slow  # a worker that takes 6 s to start, and waits for it
+def test_an_actor_that_has_its_place_and_still_starts_is_not_said_to_have_none(own, tmp_path):
+    (tmp_path / "sitecustomize.py").write_text("import time\ntime.sleep(6.0)\n")
+    paths = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
+    its = {"num_cpus": usable_cores(), "runtime_env": {"env_vars": {"PYTHONPATH": paths}}}
+    runner = QueueRunner(counted(4, 4), 4, 1, "ray", timeout=4.0, worker_options=its, **SMALL)
+    assert index_of(in_dataset(runner)) == list(range(16))
 
 
 @pytest.mark.slow  # a process that imports Ray

@@ -10,7 +10,7 @@
 
     a process:  child.main ──wire──► ProcessPool; batches by ring.py, the factory by pickling.py
 
-    an actor:  ray.py; of which cluster, cluster.py
+    an actor:  ray.py, and there actor.py; of which cluster, cluster.py
 
     copies:  memory.py, aligned as TensorFlow wants it, and warm
 
@@ -40,7 +40,7 @@ class Kind:
 
     Attributes:
         pool: runs them.
-        limit: how many n_workers="auto" may use.
+        limit: how many n_workers="auto" may use, given `worker_options`.
         plural: what several are called.
         single: what one is called, if not by the kind's name.
         shares_lock: Python's lock (GIL) is one for them and the training step.
@@ -51,7 +51,7 @@ class Kind:
     """
 
     pool: type[Pool]
-    limit: Callable[[], int]
+    limit: Callable[..., int]
     plural: str
     single: str = ""
     shares_lock: bool = False

@@ -15,7 +15,7 @@ from labkit.engine import interrupts
 from labkit.engine.messages import WorkerError
 from labkit.machine import usable_cores
 
-_ANSWERS = 10.0  # seconds
+_ANSWERS = 8.0  # seconds, for each of two
 _LOOK, _GONE = 2.0, 8.0  # seconds between two looks for the head; without an answer
 _STORE = 0.3  # of the free memory
 # Time to start in, on a busy machine.
@@ -43,7 +43,7 @@ def imported() -> Any:
     return ray
 
 
-def connect(address: str | None, at_exit: Callable[[], None]) -> Any:
+def connect(address: str | None, at_exit: Callable[[], None] | None = None) -> Any:
     """The package, connected to a cluster: to the one that is in use, else to `address`, else to
     that of RAY_ADDRESS, else to one on this machine, which ends with this process.
 
@@ -54,17 +54,40 @@ def connect(address: str | None, at_exit: Callable[[], None]) -> Any:
         ImportError: Ray is not installed.
         ConnectionError: nothing answers there, or the token is another one.
         RuntimeError: it could not be started here.
+        ValueError: the cluster in use is not that of `address`.
     """
     ray = imported()
-    if not ray.is_initialized():
+    if ray.is_initialized():
+        _expect_in_use(ray, address)
+    else:
         address = address or os.environ.get("RAY_ADDRESS") or "local"
         if address == "local":
             _start_own(ray)
         else:
             _join(ray, address)
-    atexit.unregister(at_exit)
-    atexit.register(at_exit)
+    if at_exit is not None:
+        atexit.unregister(at_exit)
+        atexit.register(at_exit)
     return ray
+
+
+def _expect_in_use(ray: Any, address: str | None) -> None:
+    used = str(ray.get_runtime_context().gcs_address)
+    same = address is None or (address == "local" and is_own())
+    if same or _canonical(str(address)) == _canonical(used):
+        return
+    raise ValueError(
+        f"labkit: the cluster at address={address!r} was asked for, and this process uses the one "
+        f"at {used} already. Leave the address away, or call ray.shutdown() first."
+    )
+
+
+def _canonical(address: str) -> str:
+    from ray._private import services
+
+    with contextlib.suppress(Exception):  # of "auto", where there is none
+        return str(services.canonicalize_bootstrap_address(address))
+    return address
 
 
 def is_own() -> bool:
@@ -73,12 +96,12 @@ def is_own() -> bool:
     return bool(ray.is_initialized() and ray.get_runtime_context().gcs_address == _own)
 
 
-def cores() -> int:
-    """The CPUs of the cluster in use; of this machine, where there is none."""
-    ray = imported()
-    if not ray.is_initialized() or is_own():
+def cores(address: str | None = None, num_cpus: float | None = None, **_: Any) -> int:
+    """How many actors with these options the CPUs of the cluster are enough for; as `connect`."""
+    ray = connect(address)
+    if is_own():
         return usable_cores()
-    return max(1, int(ray.cluster_resources().get("CPU", 1)))
+    return max(1, int(ray.cluster_resources().get("CPU", 1) / (num_cpus or 1)))
 
 
 def _join(ray: Any, address: str) -> None:
@@ -90,10 +113,12 @@ def _join(ray: Any, address: str) -> None:
         "Correct it, start a cluster (ray start --head), or leave the address away: labkit then "
         "starts one on this machine."
     )
+    where = ""
     try:
-        where = services.canonicalize_bootstrap_address(address)  # of "auto", what Ray has noted
-        _await_answer(str(where))
-        _try_token(str(where))
+        # Of "auto", what Ray has noted.
+        where = str(services.canonicalize_bootstrap_address(address))
+        _await_answer(where)
+        _try_token(where)
         ray.init(address=address)
     except ray.exceptions.AuthenticationError as error:
         raise ConnectionError(
@@ -102,7 +127,7 @@ def _join(ray: Any, address: str) -> None:
             "RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH, before Ray is used."
         ) from error
     except Exception as error:
-        raise ConnectionError(f"{told}: {error}. {otherwise}") from error
+        raise ConnectionError(f"{told}: {error} ({where}). {otherwise}") from error
 
 
 def _await_answer(where: str) -> None:
@@ -278,10 +303,35 @@ def _environment(more: dict[str, str]) -> Iterator[None]:
             os.environ.pop(name, None)
 
 
+def _needs(options: dict[str, Any]) -> dict[str, float]:
+    needs = {"CPU": options.get("num_cpus") or 0, "GPU": options.get("num_gpus") or 0}
+    return needs | {"memory": options.get("memory") or 0, **(options.get("resources") or {})}
+
+
+def waits(actor: Any, options: dict[str, Any]) -> bool:
+    """Whether Ray still looks for a place for it. If it does not, the actor holds its CPUs and is
+    starting: a process was lent to it, or its runtime_env is being made."""
+    from ray._private import state, worker
+    from ray.autoscaler.v2.sdk import get_cluster_resource_state
+
+    if state.actors(actor._actor_id.hex()).get("Address", {}).get("Port"):
+        return False
+    asked: Any = worker.global_worker
+    pending = get_cluster_resource_state(asked.gcs_client).pending_resource_requests
+    cpus = _needs(options)["CPU"]
+    wanted = (dict(one.request.resources_bundle).get("CPU", 0) for one in pending)
+    return any(abs(cpus - its) < 1e-3 for its in wanted)
+
+
+def store(ray: Any, node: str) -> float:
+    """Bytes of the object store of a node, by its id or a text with the beginning of that."""
+    sizes = (n["Resources"] for n in ray.nodes() if n["NodeID"][:8] in node)
+    return next((float(its.get("object_store_memory", 0)) for its in sizes), 0.0)
+
+
 def missing(ray: Any, options: dict[str, Any]) -> str:
     """Which resource the cluster lacks for one more actor with these options; "" if none."""
-    needs = {"CPU": options.get("num_cpus") or 0, "GPU": options.get("num_gpus") or 0}
-    needs |= {"memory": options.get("memory") or 0, **(options.get("resources") or {})}
+    needs = _needs(options)
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     free = ray.available_resources()
     for name, need in needs.items():
@@ -296,12 +346,14 @@ def missing(ray: Any, options: dict[str, Any]) -> str:
 
 
 class Head:
-    """The cluster's head: a minute after it is gone, Ray would end this process without a word."""
+    """The cluster's head: a minute after it is gone, Ray would end this process without a word, as
+    it does where nobody looks so long, since the consumer takes no batch."""
 
     def __init__(self, ray: Any) -> None:
         self.where = str(ray.get_runtime_context().gcs_address)
         self.gone = False
-        self._answered = self._asked = time.monotonic()
+        self._asked = time.monotonic()
+        self._silent: float | None = None  # since then, at each look
 
     def look(self) -> None:
         """Now and then, asks it. Raises WorkerError, once, if it has not answered for a while."""
@@ -310,9 +362,12 @@ class Head:
             return
         self._asked = now
         host, _, port = self.where.rpartition(":")
-        with contextlib.suppress(OSError), socket.create_connection((host, int(port)), 1.0):
-            self._answered = now
-        if now - self._answered > _GONE:
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), 1.0).close()
+            self._silent = None
+        except OSError:
+            self._silent = self._silent or now
+        if self._silent is not None and now - self._silent > _GONE:
             self.gone = True
             raise WorkerError(
                 f"labkit: the head of the Ray cluster, {self.where}, has not answered for "

@@ -176,7 +176,8 @@ class Options:
         """A new run, whose first pass has the number `epoch`; it goes on if that is `resumed`."""
         kind = KINDS[self.workers]
         auto, shard = n_workers == "auto", self.shard or (0, 1)
-        limit = (self.max_workers or kind.limit()) if auto else 1
+        # Of a cluster, which it may have to connect to, and not of this machine.
+        limit = self.max_workers or kind.limit(**(self.worker_options or {})) if auto else 1
         # Batches lie in the queue as they are delivered, unless they are mixed on the way.
         keeps = not (self._queue_mixes or self._mixed)
         job = Job(

@@ -1,6 +1,6 @@
 """Workers as actors of a Ray cluster, for iterators that need more cores than a machine has.
 
-RayPool ── next(epoch), a few calls under way ──► _Producer, an actor: the loop of produce.py
+RayPool ── next(epoch), a few calls under way ──► Producer, an actor: the loop of produce.py
         ◄── arrays, through Ray's object store ──
 
 A call is a place: it brings a chunk, or several small ones that are made at once, and the next
@@ -12,132 +12,36 @@ import collections
 import contextlib
 import pickle
 import queue
-import sys
-import threading
 import time
-import traceback
 import weakref
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from labkit.engine import cluster
+from labkit.engine.actor import Producer
 from labkit.engine.messages import Chunk, Ended, Lost, Message, Skipped
-from labkit.engine.pickling import dump_error, dump_spec, load_error, pack_factory
+from labkit.engine.pickling import load_error, pack_factory
 from labkit.engine.pool import Job, Pool
-from labkit.engine.produce import IteratorFactory, LeftOut, Made, produce
-from labkit.engine.stage import listen
-from labkit.engine.tracebacks import describe, own_frames_left_out, readable
+from labkit.engine.tracebacks import readable
 
 PLACES = 3
-# A call has its price: it brings chunks until they are so many, of such a size, or took this long.
-_TOGETHER, _BYTES, _SECONDS = 8, 1 << 20, 0.005
 _OVER = 1 << 62  # a pass that never comes
 _PATIENCE, _ASK_AGAIN = 30.0, 2.0  # seconds, until an actor has a place; between two questions
 _START = 60.0  # seconds, that an actor's start may take and do not count as a batch's
+_IN_VAIN = 3  # times that it is started anew, where it is lost before it has a place
 _AGAIN = 1.0  # second, since Ray believes for a while in a machine that is gone
 _CLEAN_UP = 0.5  # seconds, for the iterators' own
 _ASIDE = {"concurrency_group": "aside"}
 _POOLS: "weakref.WeakSet[RayPool]" = weakref.WeakSet()
 
 
-class _Producer:
-    """The actor's side: makes the next chunk when it is asked to. No TensorFlow."""
-
-    def __init__(self, packed: tuple[bytes, list[Any]], orders: tuple[Any, ...]) -> None:
-        self._packed, self._orders = packed, orders
-        self._factory: IteratorFactory | None = None
-        self._batches: Iterator[Made | LeftOut] | None = None
-        self._epoch, self._wanted = -1, 0
-        self._thread = 0
-
-    def next(self, epoch: int) -> list[tuple[Any, ...]]:
-        """Chunks, or what happened in place of one; none if there is nothing more of the pass."""
-        self._thread = threading.get_ident()
-        told: list[tuple[Any, ...]] = []
-        try:
-            self._wanted = max(epoch, self._wanted)
-            until, room = time.monotonic() + _SECONDS, _BYTES
-            while epoch == self._wanted and (made := _made(self, epoch)):
-                told.append(made)
-                if made[0] != "chunk" or len(told) == _TOGETHER or time.monotonic() > until:
-                    break
-                room -= sum(array.nbytes for array in made[1])
-                if room < 0:
-                    break
-                # Those of the last chunk leave before the iterator can write into them again.
-                told[-1] = made[0], [np.array(array) for array in made[1]], *made[2:]
-        except BaseException as error:
-            self._batches = None
-            summary, text = describe(error)
-            told.append(("failed", summary, text, dump_error(error)))
-        return told
-
-    def leave(self) -> None:
-        """Ends the iterator, whose own clean-up runs."""
-        close = getattr(self._batches, "close", None)
-        self._batches = None
-        if close is not None:
-            close()
-
-    # Aside of the calls above.
-
-    def begin(self, epoch: int) -> None:
-        self._wanted = epoch
-
-    def where(self) -> str:
-        import ray
-
-        context = ray.get_runtime_context()
-        return f"{ray.util.get_node_ip_address()} (node {context.get_node_id()[:8]})"
-
-    def doing(self) -> str:
-        frame = sys._current_frames().get(self._thread)
-        if frame is None:
-            return "it has not begun\n"
-        import ray
-
-        rays = str(Path(ray.__file__).parent)
-        stack = [f for f in traceback.extract_stack(frame) if not f.filename.startswith(rays)]
-        lines = own_frames_left_out(traceback.StackSummary.from_list(stack)).format()
-        return "".join(lines) or "it waits\n"
-
-
-# No method: Ray puts a frame of its own around each of those.
-def _made(producer: _Producer, epoch: int) -> tuple[Any, ...] | None:
-    its = producer
-    worker, spec, stages, skip, first = its._orders
-    if epoch != its._epoch:
-        if its._factory is None:
-            code, buffers = its._packed
-            its._factory = pickle.loads(code, buffers=buffers)
-            if stages:
-                listen()
-        first = first if its._epoch < 0 else 0
-        its._batches = produce(its._factory, worker, epoch, spec, False, skip, first)
-        its._epoch = epoch
-    if its._batches is None:
-        return None
-    made = next(its._batches, None)
-    if made is None:
-        its._batches = None
-        return ("ended",)
-    if isinstance(made, LeftOut):
-        summary, text = describe(made.error)
-        return "skipped", summary, text, dump_error(made.error), made.number
-    new = dump_spec(made.spec) if spec is None else None
-    if spec is None:
-        its._orders = worker, made.spec, stages, skip, first
-    return "chunk", made.arrays, made.seconds, made.stages, made.number, new
-
-
 class _Actor:
     """The driver's side of one of them."""
 
-    def __init__(self, handle: Any, life: int, where: Any) -> None:
+    def __init__(self, handle: Any, life: int, where: Any, begin: Any, vain: int) -> None:
         self.handle, self.life, self._where = handle, life, where
+        self.begin = begin  # pass, and its chunk
+        self.vain = vain  # so many before it in this life were lost without a place
         self.calls: collections.deque[tuple[int, Any]] = collections.deque()  # passes, and futures
         self.idle = 0  # places whose calls found nothing to bring
         self.gone = False
@@ -159,6 +63,9 @@ class RayPool(Pool):
     there (or in runtime_env). A worker asks for one CPU, unless `job.options` say otherwise: those
     are an actor's (num_cpus, resources, runtime_env, scheduling_strategy, ...), and `address`.
 
+    Small chunks that come quickly travel several at a time: where one then takes long, up to 7 that
+    were made just before it wait for it, and are lost with it if its actor dies.
+
     Without a cluster, Ray is started here for as long as this process lives. Its servers (GCS,
     raylet, object manager, agents and each worker, on ports that they draw) listen on all
     interfaces and run code for whoever has the token (RAY_AUTH_TOKEN), so that stays on.
@@ -166,6 +73,7 @@ class RayPool(Pool):
     Raises:
         ImportError: Ray is not installed.
         ConnectionError: no cluster answers at the address.
+        ValueError: this process uses another cluster already.
         TypeError: the factory, or something that it refers to, cannot be pickled.
     """
 
@@ -176,24 +84,30 @@ class RayPool(Pool):
         self._ray = cluster.connect(options.pop("address", None), _end_all)
         # On this machine alone there may be more workers than cores, as there may be of processes.
         self._options = {"num_cpus": 0 if cluster.is_own() else 1, **options}
-        self._packed = self._ray.put((packed[0], [pickle.PickleBuffer(b) for b in packed[1]]))
+        parts = [pickle.PickleBuffer(buffer) for buffer in packed[1]]
+        self._packed = self._ray.put((packed[0], parts))
         self._actors: list[_Actor] = []
+        self._waiting: set[int] = set()  # of whose place nothing is known
         self._head = cluster.Head(self._ray)
         self._came: queue.SimpleQueue[int | None] = queue.SimpleQueue()  # whose call is done
         _POOLS.add(self)
 
     def _start(self, worker: int, life: int, begin: int) -> None:
+        vain = 0
         for before in self._actors[worker : worker + 1]:
             self._kill(before)
             if not before.node:
                 time.sleep(_AGAIN)
+            vain = before.vain + 1 if life == before.life else 0
         job = self.job
-        actor = self._ray.remote(concurrency_groups={"aside": 1})(_Producer)
+        actor = self._ray.remote(concurrency_groups={"aside": 1})(Producer)
         orders = worker, self.spec, job.stages, job.skip, begin
         handle = actor.options(**self._options).remote(self._packed, orders)
         where = handle.where.options(**_ASIDE).remote().future()
         where.add_done_callback(lambda _: self._came.put(None))
-        self._actors[worker : worker + 1] = [_Actor(handle, life, where)]
+        new = _Actor(handle, life, where, (self.epoch, begin), vain)
+        self._actors[worker : worker + 1] = [new]
+        self._waiting.add(worker)
         for _ in range(PLACES):
             self._call(worker)
 
@@ -216,7 +130,7 @@ class RayPool(Pool):
                 came = self._came.get_nowait()
         except queue.Empty:
             pass
-        messages += filter(None, map(self._without_a_place, range(len(self._states))))
+        messages += filter(None, map(self._without_a_place, [*self._waiting]))
         return messages
 
     def _done_by(self, worker: int) -> Iterator[Message]:
@@ -227,7 +141,8 @@ class RayPool(Pool):
             try:
                 told = future.result()
             except BaseException as error:
-                yield self._lost(worker, error)
+                if not self._again(worker):
+                    yield self._lost(worker, error)
                 return
             for one in told:
                 yield self._message(worker, epoch, one, (0,) if one is told[-1] else ())
@@ -249,31 +164,47 @@ class RayPool(Pool):
             actor.idle += 1
             return Ended(worker, epoch, life)
         summary, text, code, *number = content
-        text = f"On {actor.node or 'a node'}:\n{readable(text)}"
-        failed = summary, text, load_error(code, summary)
+        where = actor.node or self._asked(actor, "where") or "a node"
+        failed = summary, f"On {where}:\n{readable(text)}", load_error(code, summary)
         if kind == "skipped":
             return Skipped(worker, *failed, epoch, number[0], slots, life=life)
         self._kill(actor)
         return Lost(worker, *failed, life=life)
 
-    def _lost(self, worker: int, error: BaseException) -> Lost:
+    def _again(self, worker: int) -> bool:
+        """Whether one that was to replace a lost one is replaced itself: Ray may have given it a
+        place on the machine that is gone, and that is no second fault."""
         actor = self._actors[worker]
-        self._kill(actor)
+        again = actor.life > 0 and not actor.node and actor.vain < _IN_VAIN
+        if again and not self._stopping:
+            epoch, begin = actor.begin
+            self._start(worker, actor.life, begin if epoch == self.epoch else 0)
+        return again
+
+    def _lost(self, worker: int, error: BaseException) -> Lost:
+        actor, full = self._actors[worker], self._ray.exceptions
         where = f" on {actor.node}" if actor.node else ""
-        return Lost(
-            worker,
+        why = (
             f"died{where}: its actor is gone, or what it made ({type(error).__name__}). Look for a "
             "crash in native code, for a killer of processes that use too much memory, or for a "
-            "machine that left the cluster.",
-            f"What Ray says of it:\n{error}",
-            error,
-            life=actor.life,
+            "machine that left the cluster."
         )
+        if isinstance(error, (full.OutOfDiskError, full.ObjectStoreFullError)):
+            size, has = self._asked(actor, "nbytes") or 0, cluster.store(self._ray, actor.node)
+            why = (
+                f"made what the object store{where} has no room for: {size / 1e6:.1f} MB in one "
+                f"call, and all of the store is {has / 1e6:.1f} MB, with no disk left beside it. "
+                "Yield smaller batches, or give Ray more (object_store_memory, or disk)."
+            )
+        self._kill(actor)
+        text = f"What Ray says of it:\n{error}"
+        return Lost(worker, why, text, error, life=actor.life)
 
     def _without_a_place(self, worker: int) -> Lost | None:
         """If it still has none, and the cluster has none."""
         actor, now = self._actors[worker], time.monotonic()
         if actor.gone or actor.node:
+            self._waiting.discard(worker)
             return None
         if now - actor.since < _START:
             self._states[worker].since = now
@@ -281,7 +212,8 @@ class RayPool(Pool):
         if now - actor.since < patience or now - actor.asked < _ASK_AGAIN:
             return None
         actor.asked = now
-        if not (lacks := cluster.missing(self._ray, self._options)):
+        lacks = cluster.missing(self._ray, self._options)
+        if not lacks or not cluster.waits(actor.handle, self._options):
             return None
         self._kill(actor)
         return Lost(
@@ -321,11 +253,14 @@ class RayPool(Pool):
         actor = self._actors[worker]
         if not actor.node:
             return "its actor has not started yet\n"
-        try:
-            text = self._ray.get(actor.handle.doing.options(**_ASIDE).remote(), timeout=2.0)
-        except Exception:
-            text = "(it did not answer)\n"
+        text = self._asked(actor, "doing") or "(it did not answer)\n"
         return f"On {actor.node}:\n{readable(text)}"
+
+    def _asked(self, actor: _Actor, method: str) -> Any:
+        with contextlib.suppress(Exception):
+            its = getattr(actor.handle, method).options(**_ASIDE)
+            return self._ray.get(its.remote(), timeout=2.0)
+        return None
 
     def wake(self) -> None:
         self._came.put(None)

@@ -99,8 +99,8 @@ def audit(
         iterator: an iterator factory or a data set. Methods of `MnistDataGenerator` run on tagged
             copies of its data, so their samples are told apart exactly.
         epochs: how many to watch.
-        workers: "thread" or "process". A number, as this was before, still counts as `n_workers`,
-            with a DeprecationWarning.
+        workers: "thread", "process" or "ray". A number, as this was before, still counts as
+            `n_workers`, with a DeprecationWarning.
         samples: size of the data set; needed for endless iterators and to count misses. Default:
             not known, but for methods of `MnistDataGenerator`.
         batch_size: samples per batch.

@@ -194,6 +194,12 @@ def _say(bar: tqdm, what: str) -> None:
     bar.update()
 
 
+def _cores(kind: str) -> int:
+    """That its workers have: those of a cluster are not this machine's."""
+    here = usable_cores()
+    return here if KINDS[kind].shares_lock else max(here, KINDS[kind].limit())
+
+
 def _counts(iterator: Iterators, kind: str, need: Demands) -> list[int]:
     return [1] if whole(iterator) else laws.counts(KINDS[kind].limit(), need)
 
@@ -211,8 +217,9 @@ def demands_of(measured: Measured, size: int) -> dict[str, Demands]:
         wall = size / one.rate
         lock, name = laws.turn(wall, cpu, gain, KINDS[kind].shares_lock)
         found[kind] = Demands(
-            wall, cpu, lock, step, step_cpu, usable_cores(), name,
+            wall, cpu, lock, step, step_cpu, _cores(kind), name,
             measured.moved[kind], measured.bandwidth, single[kind, 2].memory, measured.free,
+            max(0.0, wall - size * one.own),
         )  # fmt: skip
     return laws.corrected(found, {key: fmean(rates) for key, rates in measured.together.items()})
 

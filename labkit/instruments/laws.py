@@ -36,12 +36,13 @@ class Demands:
             0 where none was found.
         step: of the model, per step, on a repeated batch.
         step_cpu: processor seconds of the model per step.
-        cores: that this process may use.
+        cores: that this process may use, or its cluster has.
         lock_name: "Python's lock"; or "taking turns", if something else keeps a second one waiting.
         moved: bytes that are copied to bring a batch to the model: its own x copies.
         bandwidth: bytes/s that the machine copies, in arrays as large as a batch.
         memory: bytes that each worker takes.
         free: bytes of memory that there are for them.
+        handed: seconds, of `wall`, that go into handing a batch over: copies, store, network.
     """
 
     wall: float
@@ -55,6 +56,7 @@ class Demands:
     bandwidth: float = np.inf
     memory: float = 0.0
     free: float = np.inf
+    handed: float = 0.0
 
 
 def bounds(n: int, demands: Demands) -> dict[str, float]:
@@ -104,16 +106,19 @@ def corrected(
 ) -> dict[str, Demands]:
     """Each kind's demands without what steps/s that were measured, by kind and number of workers,
     contradict: no bound is below one of these. What was measured too high is lowered; the lock,
-    which was only inferred, is withdrawn where it was passed by far."""
+    which was only inferred, is withdrawn where it was passed by far. What a kind reaches on more
+    cores contradicts nothing of the others but the step."""
     best = max(measured.values(), default=0.0)
-    return {
-        kind: _corrected(need, best, {n: rate for (k, n), rate in measured.items() if k == kind})
-        for kind, need in demands.items()
-    }
+    found = {}
+    for kind, need in demands.items():
+        few = [rate for (k, _), rate in measured.items() if demands[k].cores <= need.cores]
+        own = {n: rate for (k, n), rate in measured.items() if k == kind}
+        found[kind] = _corrected(need, best, max(few, default=0.0), own)
+    return found
 
 
-def _corrected(need: Demands, best: float, own: dict[int, float]) -> Demands:
-    busy = min(1.0, need.cores / max(best * (need.cpu + need.step_cpu), 1e-9))
+def _corrected(need: Demands, best: float, here: float, own: dict[int, float]) -> Demands:
+    busy = min(1.0, need.cores / max(here * (need.cpu + need.step_cpu), 1e-9))
     several = max((rate for n, rate in own.items() if n > 1), default=0.0)
     passed = need.lock * several
     # Two that wait for one another leave less to gain than this, however slow the machine was.
@@ -280,6 +285,12 @@ def headroom(setting: str, gain: float, rate: float) -> str:
         f"Headroom {gain:.2f}x: with its batches cached, as a perfect input would have them, "
         f"{setting} would make {rate:.1f} steps/s."
     )
+
+
+def handing(demands: dict[str, Demands]) -> str:
+    """A sentence: what it costs to hand a batch over, by each kind."""
+    each = (f"{1e3 * need.handed:.2g} ms by one {kind}" for kind, need in demands.items())
+    return f"Handing a batch over, as measured alone: {', '.join(each)}."
 
 
 def memory(demands: dict[str, Demands], most: dict[str, int]) -> str:

@@ -4,6 +4,7 @@ What is measured leaves a Keras model as it was; a step of the user's only they 
 """
 
 import inspect
+import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -33,6 +34,7 @@ _HELD = 4  # batches that a worker has at a time, those on their way included
 _MOST_COPIED, _MOST_COPYING = 1 << 24, 8  # bytes, threads
 _NOTHING = "diagnose: the iterator ended before its first batch, expected at least one."
 _ABSENT = object()
+_RAYS_OWN = re.compile(r"^ray::IDLE|/ray/(core|_private|dashboard)/")
 
 Iterators = Callable[..., Iterable[Any]]
 
@@ -66,7 +68,7 @@ class Alone(NamedTuple):
 def alone(iterator: Iterators, kind: str, n: int, seconds: float) -> Alone:
     """Runs the generator in n workers of a kind, from when each has delivered."""
     n = 1 if whole(iterator) else n
-    others = _children()
+    others = _workers()
     pool = KINDS[kind].pool(Job(IteratorFactory(iterator, n), timeout=_TIMEOUT, stages=True))
     times: list[Times] = []
     heard: set[int] = set()
@@ -88,15 +90,23 @@ def alone(iterator: Iterators, kind: str, n: int, seconds: float) -> Alone:
             raise WorkerError(_NOTHING)
         used = time.process_time() - cpu
         size = pool.spec.bytes_per_sample * samples / chunks if pool.spec else 0.0
-        memory = _HELD * size + sum(map(_bytes_of, _children() - others)) / n
+        memory = _HELD * size + sum(map(_bytes_of, _workers() - others)) / n
     finally:
         pool.stop()
     rate, stages = samples / (now - first), stages_of(times, own)
     return Alone(rate, used / samples, own / samples, stages, memory)
 
 
-def _children() -> set[psutil.Process]:
-    return set(psutil.Process().children(recursive=True))
+def _workers() -> set[psutil.Process]:
+    return set(filter(_is_worker, psutil.Process().children(recursive=True)))
+
+
+def _is_worker(process: psutil.Process) -> bool:
+    """And none of Ray's own servers, nor what it has ready, if it was started meanwhile."""
+    try:
+        return not _RAYS_OWN.search(" ".join(process.cmdline()))
+    except psutil.Error:
+        return False
 
 
 def _bytes_of(process: psutil.Process) -> int:

@@ -245,7 +245,8 @@ class Report:
     @property
     def notes(self) -> list[str]:
         """What else there is to know: that a callable step was really taken, how often, if nothing
-        puts that right; the headroom; which stage to make faster; the memory that workers take;
+        puts that right; the headroom; which stage to make faster; of a cluster, what handing a
+        batch over costs; the memory that workers take;
         that oneDNN is off; why a measured value may be outside its range."""
         said, about = [], self.about
         if about.taken is not None:
@@ -260,7 +261,9 @@ class Report:
         one = {kind: KINDS[kind].single or kind for kind in self.demands}
         most = {one[row.workers]: row.n for row in self.rows}  # the last of each kind
         memory = laws.memory({one[kind]: need for kind, need in self.demands.items()}, most)
-        more = (in_words(self.stages), memory, about.onednn, self.outside)
+        named = any(KINDS[kind].by_name for kind in self.demands)  # it has a network, or a store
+        handing = laws.handing({one[kind]: need for kind, need in self.demands.items()})
+        more = (in_words(self.stages), handing * named, memory, about.onednn, self.outside)
         return said + [note for note in more if note]
 
     def _cells(self) -> list[tuple[str, ...]]:
