@@ -24,7 +24,9 @@ class Heard:
         counts: samples of each of them in this pass.
         samples: put into the queue in this pass.
         rows: of the chunk that the spec was read from; 0 where it was given.
-        whole: samples of the largest chunk so far, all its parts.
+        sizes: of the first two whole chunks, all their parts, by worker and number: the larger one
+            is not a last, short one.
+        lacking: something of this pass was left out, or lost.
         skips: batches that were left out.
         records: of the last passes, where the feeder mixes.
     """
@@ -32,7 +34,9 @@ class Heard:
     def __init__(self, pool: Pool, max_skipped: int | None = None) -> None:
         self.workers: set[int] = set()
         self.counts: collections.Counter[int] = collections.Counter()
-        self.samples = self.rows = self.whole = 0
+        self.samples = self.rows = 0
+        self.sizes: dict[tuple[int, int], int] = {}
+        self.lacking = False
         self._parts: collections.Counter[tuple[int, int, int]] = collections.Counter()
         self.skips = Skips(max_skipped)
         self.records: collections.deque[Record] = collections.deque(maxlen=_RECORDS)
@@ -40,13 +44,22 @@ class Heard:
         self._digests: dict[int, bytes] = {}  # of each worker's first chunk
         self._told = False
 
+    def begin(self, samples: int, lacking: bool) -> None:
+        """A pass, of which so many samples were used before."""
+        self.samples, self.lacking = samples, lacking
+        self.counts.clear()
+
+    def note_size(self, place: tuple[int, int], rows: int) -> None:
+        if len(self.sizes) < 2:
+            self.sizes[place] = rows
+
     def note(self, chunk: Chunk) -> None:
         """Warns once if two workers begin with the same batch, though nothing tells them apart."""
         self.skips.delivered(chunk)
         key = chunk.worker, chunk.epoch, chunk.number
         self._parts[key] += len(chunk.arrays[0])
         if chunk.last:
-            self.whole = max(self.whole, self._parts.pop(key))
+            self.note_size((chunk.worker, chunk.number), self._parts.pop(key))
         new = chunk.worker not in self.workers
         self.workers.add(chunk.worker)
         self.counts[chunk.worker] += len(chunk.arrays[0])
