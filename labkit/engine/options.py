@@ -216,7 +216,7 @@ class Options:
             self.min_after_dequeue - self._mixed + self.batch_size,
             self.capacity - self._mixed,
             self.samples if self.shard is None else None,
-            Scaler(limit, resumed.workers if resumed else 1) if auto else None,
+            Scaler(limit, resumed.n_workers if resumed else 1) if auto else None,
             order,
             self._share(n_workers),
             self.max_skipped,
