@@ -24,8 +24,8 @@ class Heard:
         counts: samples of each of them in this pass.
         samples: put into the queue in this pass.
         rows: of the chunk that the spec was read from; 0 where it was given.
-        sizes: of the first two whole chunks, all their parts, by worker and number: the larger one
-            is not a last, short one.
+        sizes: of the first whole chunks, all their parts, by worker and number. Of two, the larger
+            one is not the pass's last, short one.
         lacking: something of this pass was left out, or lost.
         skips: batches that were left out.
         records: of the last passes, where the feeder mixes.
@@ -49,17 +49,14 @@ class Heard:
         self.samples, self.lacking = samples, lacking
         self.counts.clear()
 
-    def note_size(self, place: tuple[int, int], rows: int) -> None:
-        if len(self.sizes) < 2:
-            self.sizes[place] = rows
-
     def note(self, chunk: Chunk) -> None:
         """Warns once if two workers begin with the same batch, though nothing tells them apart."""
         self.skips.delivered(chunk)
         key = chunk.worker, chunk.epoch, chunk.number
         self._parts[key] += len(chunk.arrays[0])
         if chunk.last:
-            self.note_size((chunk.worker, chunk.number), self._parts.pop(key))
+            rows, place = self._parts.pop(key), (chunk.worker, chunk.number)
+            self.sizes |= {place: rows} if len(self.sizes) < 2 else {}
         new = chunk.worker not in self.workers
         self.workers.add(chunk.worker)
         self.counts[chunk.worker] += len(chunk.arrays[0])

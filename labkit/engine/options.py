@@ -229,8 +229,8 @@ class Options:
             raise
         if resumed is not None and begun:
             for run in resumed.mixed.runs:
-                for at in range(min(run.chunks, 2)):
-                    feeder.heard.note_size(run.chunk(at, job.factory.n_workers), run.rows)
+                places = (run.chunk(at, pool.n_workers) for at in range(min(run.chunks, 2)))
+                feeder.heard.sizes |= dict.fromkeys(places, run.rows)
         return feeder
 
     def batches(self, rows: int) -> int | None:

@@ -91,18 +91,17 @@ class Share:
         for its in [] if self.rows else alike:
             for rank, size in enumerate(self.sizes(its)):
                 for other in self.possible(size, rank * self.n_workers, 0) if size <= its else ():
-                    if other in alike or self.sizes(other)[rank] != size or not self.count(other):
-                        continue
-                    alike.append(other)
-                    if self.count(other) != steps:
+                    if self.sizes(other)[rank] == size and self.count(other) not in (0, steps):
                         raise self.unsure(rank)
+                    if self.sizes(other)[rank] == size and self.count(other) and other not in alike:
+                        alike.append(other)
         return steps
 
     def unsure(self, rank: int) -> WorkerError:
         return WorkerError(
-            f"labkit: trainer {rank} of {self.world} has too few batches of a pass to tell how "
-            "many samples those of the others have, and so how many steps all take. Give the "
-            "iterator smaller batches, so that there are two at the least for every trainer."
+            f"labkit: trainer {rank} of {self.world} has too few batches of a pass, expected two "
+            "at the least: with fewer it cannot tell how many samples those of the others have, "
+            "and so how many steps all take. Give the iterator smaller batches."
         )
 
 
@@ -182,11 +181,10 @@ class EvenQueue:
                     "but the last."
                 )
         most = self._most(rows, over=True)
-        going_on = most is not None and self._put(self._held, most)
-        while most is None or (going_on and self._given < most):
+        while most is None or (self._put(self._held, most) and self._given < most):
             if most is None or not self._first:
                 raise share.unsure(share.rank)
-            going_on = self._put([self._first], most)
+            self._held = [self._first]
 
 
 def _kept(array: Any) -> Any:
