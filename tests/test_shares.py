@@ -118,7 +118,6 @@ def delivered(share, rows, draws, losses):
         Heard(SimpleNamespace(epoch=0, n_workers=1, factory=SimpleNamespace(shards=1))),
         Sink(),
     )
-    heard.begin(0, lacking=False)
     queue, gone = EvenQueue(sink, share, heard, 0), set()
     for chunk in what_comes(share, rows, draws):
         if chunk.last and draws.random() < losses:

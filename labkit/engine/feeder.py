@@ -206,8 +206,8 @@ class Feeder:
             self.pool.next_epoch(epoch)
             self._ended = set(self._lost)
             self.heard.skips.report()  # of one that was given up
-        used = self.terms.order.used(epoch) if self.terms.order else 0
-        self.heard.begin(used, lacking=bool(self._lost))
+        self.heard.samples, self.heard.lacking = 0, bool(self._lost)
+        self.heard.counts.clear()
         self._take_turns(epoch)
         self.pool.set_active(self._wanted())
         interrupt = _LostInterrupt(queue, self.terms)
@@ -235,6 +235,7 @@ class Feeder:
         if self.terms.order is not None:
             self._turns = self.terms.order.turns(self.pool, self._ended, epoch)
             self.heard.records.append(self._turns.record)
+            self.heard.samples = self.terms.order.used(epoch)
 
     def _put(self, queue: Queue, first: Chunk) -> None:
         chunks = self._ready_together(first)

@@ -44,11 +44,6 @@ class Heard:
         self._digests: dict[int, bytes] = {}  # of each worker's first chunk
         self._told = False
 
-    def begin(self, samples: int, lacking: bool) -> None:
-        """A pass, of which so many samples were used before."""
-        self.samples, self.lacking = samples, lacking
-        self.counts.clear()
-
     def note(self, chunk: Chunk) -> None:
         """Warns once if two workers begin with the same batch, though nothing tells them apart."""
         self.skips.delivered(chunk)
