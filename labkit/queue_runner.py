@@ -81,9 +81,8 @@ class QueueRunner(Resumable):
         shuffle: False delivers samples in the order in which they come; nothing stays behind.
         shard: (rank, world), which of several trainers on one data set this is, as with
             MultiWorkerMirroredStrategy; each has n_workers, and they are numbered through all.
-        uneven: how all trainers come to equally many steps: "drop" cuts the longer parts; "pad"
-            fills up with samples of the pass again; or the iterator is "endless". With fewer than
-            two batches a trainer may be unable to tell how many; all raise a WorkerError then.
+        uneven: how all trainers take equally many steps: "drop" cuts longer parts; "pad" fills up
+            with samples of the pass again; or it is "endless". Two batches for each tell how many.
         max_skipped: how many batches "skip" may leave out of a pass; one more is a WorkerError.
             Default: 1 % of those that came so far, but at least 10.
         max_restarts: how often "restart" may, of a worker; then its error is raised.
@@ -285,9 +284,8 @@ class QueueRunner(Resumable):
             self._told = warned_of_too_few(batches, *self._asked)
 
     def _batches(self) -> int | None:
-        if self._place.goes_on:
-            return None
-        return self._options.batches(0 if self._feeder is None else self._feeder.heard.rows)
+        rows = 0 if self._feeder is None else self._feeder.heard.rows
+        return None if self._place.goes_on else self._options.batches(rows)
 
     # ------------------------------------------------------------------ both
 
