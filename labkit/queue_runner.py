@@ -81,8 +81,8 @@ class QueueRunner(Resumable):
         shuffle: False delivers samples in the order in which they come; nothing stays behind.
         shard: (rank, world), which of several trainers on one data set this is, as with
             MultiWorkerMirroredStrategy; each has n_workers, and they are numbered through all.
-        uneven: how all trainers come to equally many steps: "drop" cuts the longer parts; "pad"
-            fills up with samples of the pass again; or the iterator is "endless".
+        uneven: how all trainers take equally many steps: "drop" cuts longer parts; "pad" fills up
+            with samples of the pass again; or it is "endless". Two batches for each tell how many.
         max_skipped: how many batches "skip" may leave out of a pass; one more is a WorkerError.
             Default: 1 % of those that came so far, but at least 10.
         max_restarts: how often "restart" may, of a worker; then its error is raised.
@@ -137,7 +137,7 @@ class QueueRunner(Resumable):
         # An iterator that is still at one of these is told so, not that its queue is missing.
         self._passed: collections.deque[EagerQueue] = collections.deque(maxlen=8)
         self._asked: tuple[int, int] | None = None  # by fit: steps in an epoch, and epochs
-        self._left = self._told = False
+        self._exited = self._told = False
         self._lock = threading.RLock()
 
     def __iter__(self) -> Iterator[Any]:
@@ -196,7 +196,7 @@ class QueueRunner(Resumable):
 
         Args:
             sess: a session of the graph in which `get_inputs` was called, or a MonitoredSession.
-            n_threads: how many workers, in place of the constructor's `n_workers`.
+            n_threads: how many workers, of any kind (the article's name), in place of `n_workers`.
         """
         if self._graph is None:
             raise RuntimeError(
@@ -236,7 +236,7 @@ class QueueRunner(Resumable):
         """
         if self._graph is not None:
             raise RuntimeError("QueueRunner.dataset: it serves a graph already. Make another one.")
-        self._left = False
+        self._exited = False
         shape = self._shape()
         self._listen()
         # TensorFlow keeps the functions of a dataset for ever, so they know of the runner weakly;
@@ -260,7 +260,7 @@ class QueueRunner(Resumable):
     def _open_pass(self, shape: Shape) -> tuple[EagerQueue, int]:
         with self._lock:
             # A pipeline that reads ahead, of fit or of repeat(), outlives the `with` block.
-            if self._left:
+            if self._exited:
                 raise WorkerError(
                     "QueueRunner: its `with` block has ended. Enter it again, or call dataset()."
                 )
@@ -284,9 +284,8 @@ class QueueRunner(Resumable):
             self._told = warned_of_too_few(batches, *self._asked)
 
     def _batches(self) -> int | None:
-        if self._place.goes_on:
-            return None
-        return self._options.batches(0 if self._feeder is None else self._feeder.heard.rows)
+        rows = 0 if self._feeder is None else self._feeder.heard.rows
+        return None if self._place.goes_on else self._options.batches(rows)
 
     # ------------------------------------------------------------------ both
 
@@ -339,11 +338,11 @@ class QueueRunner(Resumable):
         warn_of_left(left)
 
     def __enter__(self) -> "QueueRunner":
-        self._left = False
+        self._exited = False
         return self
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        self._left = True
+        self._exited = True
         self.stop()
         # Where a worker has failed, what TensorFlow says of it is a consequence.
         if error is None or isinstance(error, tf.errors.OpError):

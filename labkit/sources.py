@@ -129,12 +129,6 @@ def taken_in(given: dict[str, Any]) -> dict[str, Any]:
     taken = {**given, "iterator": factory}
     if not isinstance(factory, _Source):
         return taken
-    if factory.stays and given["workers"] == "process":
-        raise ValueError(
-            "QueueRunner: workers='process' needs a source that can go to another process, got "
-            f"{type(factory.source).__name__}: {factory.stays}. Use workers='thread', or a factory "
-            "that makes it inside."
-        )
     if isinstance(factory, BySample) and given["samples"] is None:
         taken["samples"] = len(factory.source) or None
     if factory.whole and (given["n_workers"] == "auto" or is_integer(given["n_workers"], 2)):
@@ -250,10 +244,11 @@ class ByBatch(_Source):
 
     def _batches(self, worker: int, n_workers: int, epoch: int, start: int) -> Iterator[Any]:
         self.passes.begin(epoch)
+        me = object()
         for index in self._indices(worker, n_workers, epoch, start):
-            if not self.passes.enter(epoch):
+            if not self.passes.enter(epoch, worker, me):
                 return  # the pass was given up
-            yield self._read(index)
+            yield self._read(index, worker, me)
         self.passes.end(worker, n_workers, epoch)
 
     def _indices(self, worker: int, n_workers: int, epoch: int, start: int) -> Iterator[int]:
@@ -267,11 +262,14 @@ class ByBatch(_Source):
             self.at[worker] = index + n_workers
             yield index
 
-    def _read(self, index: int) -> Any:
+    def _read(self, index: int, worker: int, me: object) -> Any:
         try:
             return self.source[index]
         finally:
-            self.passes.leave()
+            self.passes.leave(worker, me)
+
+    def _labkit_late(self, worker: int) -> None:
+        self.passes.leave(worker)
 
 
 class _Passes:
@@ -284,7 +282,8 @@ class _Passes:
         self._source = source
         self._gate = threading.Lock()  # held by whoever opens or closes a pass
         self._changed = threading.Condition()
-        self._newest, self._open, self._reading = -1, False, 0
+        self._newest, self._open = -1, False
+        self._reading: dict[int, object] = {}  # which iterator of a worker, which may be its second
         self._ended: set[int] = set()
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -307,16 +306,18 @@ class _Passes:
             finally:
                 self._open = True  # to those workers that go on without this one
 
-    def enter(self, epoch: int) -> bool:
+    def enter(self, epoch: int, worker: int, reader: object) -> bool:
         """Whether a batch may be read for this pass; `leave` says that it was."""
         with self._changed:
-            wanted = self._open and epoch == self._newest
-            self._reading += wanted
+            if wanted := self._open and epoch == self._newest:
+                self._reading[worker] = reader
             return wanted
 
-    def leave(self) -> None:
+    def leave(self, worker: int, reader: object = None) -> None:
+        """Nobody waits any more for this reader; or for any of the worker, which is lost."""
         with self._changed:
-            self._reading -= 1
+            if reader in (None, self._reading.get(worker)):
+                self._reading.pop(worker, None)
             self._changed.notify_all()
 
     def end(self, worker: int, n_workers: int, epoch: int) -> None:

@@ -94,6 +94,10 @@ print(os.environ['{ONEDNN}'])
 on = machine._onednn_is_on()
 os.environ['{ONEDNN}'] = '0' if on else '1'
 print(machine._onednn_is_on() == on)
+import labkit.diagnose
+try: labkit.diagnose([1], None)
+except TypeError as error: print('line' if 'Write: labkit.from_files' in str(error) else error)
+print(labkit.diagnose.diagnose is diagnose)
 """
     programs = "; ".join(f"[sys.modules.pop(m) for m in ours()]; {known}" for known in KNOWN)
     return alone(f"{program}{programs}; print('all')").split()
@@ -103,6 +107,7 @@ def test_train_is_a_function_also_behind_its_module_and_each_name_is_there_when_
     of_a_program,
 ):
     assert of_a_program[:4] == ["True"] * 4 and of_a_program[-1] == "all"
+    assert of_a_program[6:8] == ["line", "True"]  # diagnose as well, behind its module
 
 
 def test_labkits_own_training_asks_for_onednn_before_tensorflow_is_there(of_a_program):

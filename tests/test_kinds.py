@@ -16,8 +16,8 @@ import pytest
 from labkit import QueueRunner, WorkerError
 from labkit.engine import KINDS, TRIED, Kind
 from labkit.engine.messages import Chunk, Ended, Lost, Skipped
-from labkit.engine.pool import Pool
-from labkit.engine.produce import LeftOut, produce
+from labkit.engine.pool import Job, Pool
+from labkit.engine.produce import IteratorFactory, LeftOut, produce
 from labkit.engine.tracebacks import describe
 from labkit.quiet import tf
 from tests.consumers import in_dataset, in_graph
@@ -304,6 +304,82 @@ def test_a_stalled_worker_is_started_again(workers, tmp_path):
     with pytest.warns(RuntimeWarning, match=told):
         got = in_dataset(QueueRunner(batches, 8, 1, workers, **settings))
     assert sorted(int(i) for (index,) in got for i in index) == list(range(48))
+
+
+class Told(InlinePool):
+    """Its one worker says what the test wants, and notes what it is asked for."""
+
+    def __init__(self, timeout=None):
+        factory = IteratorFactory(lambda: iter(()), 1)
+        super().__init__(Job(factory, timeout=timeout, restarts=1))
+        self.says, self.looks, self.refilled, self.starts = [], 0, 0, []
+        self.set_active(1)
+
+    def _start(self, worker, life, begin):
+        self.starts.append((life, begin))
+        if life and len(self.starts) > 2:
+            raise OSError("no more processes")
+        super()._start(worker, life, begin)
+
+    def _receive(self, seconds):
+        self.looks += 1
+        said, self.says = self.says, []
+        return said
+
+    def _refill(self, worker, slots):
+        self.refilled += 1
+
+
+def chunk(number, life, *samples):
+    return Chunk(0, [np.array(samples)], 0.0, 0, number=number, life=life)
+
+
+def test_what_a_dead_life_still_says_is_dropped():
+    """An actor may answer, a thread wake up, after another one has taken its place."""
+    pool = Told()
+    pool.says = [chunk(0, 0, 1, 2), Lost(0, "is gone")]
+    first = pool.get(0)
+    with pytest.warns(RuntimeWarning, match="is gone(?s:.*)started again, 1 of 1"):
+        assert pool.get(0) is None
+    assert pool.starts == [(0, 0), (1, 0)]
+    pool.says = [chunk(1, 0, 3, 4), Ended(0, 0), Lost(0, "is gone"), chunk(0, 1, 1, 2)]
+    assert pool.get(0) is None  # and what came of the new one had come before
+    pool.says = [chunk(1, 1, 3, 4), Ended(0, 0, 1)]
+    again = pool.get(0)
+    assert (again.life, again.number) == (1, 1) and isinstance(pool.get(0), Ended)
+    # Nor are slots given back that the new one never had.
+    assert pool.refilled == 1
+    pool.release(first)
+    assert pool.refilled == 1
+    pool.release(again)
+    assert pool.refilled == 2
+    pool.stop()
+
+
+@pytest.mark.filterwarnings("ignore:(?s).*started again")
+def test_one_that_cannot_be_started_again_or_is_not_to_be_is_lost():
+    pool = Told()
+    pool.starts.append("that there are two already")
+    pool.says = [Lost(0, "is gone", "where it was")]
+    lost = pool.get(0)
+    said = "is gone(?s:.*)where it was\nAnother one could not be started in its place: no more p"
+    with pytest.raises(WorkerError, match=said):
+        raise lost.as_error()
+    pool.stop()
+    pool = Told()
+    pool.begin_stop()
+    pool.says = [Lost(0, "is gone")]
+    assert isinstance(pool.get(0), Lost) and pool.starts == [(0, 0)]
+    pool.stop()
+
+
+@pytest.mark.parametrize("timeout", [None, 60.0])
+def test_nobody_asks_for_more_while_there_is_enough(timeout):
+    pool = Told(timeout)
+    pool.says = [chunk(number, 0, number) for number in range(50)]
+    assert [pool.get(0).number for _ in range(50)] == list(range(50))
+    assert pool.looks < 25  # but now and then, for those who are late
+    pool.stop()
 
 
 @pytest.mark.filterwarnings("ignore:(?s).*left out")

@@ -1,8 +1,11 @@
 """Processes as workers: any factory, light interpreters, shared memory."""
 
+import errno
+import gc
 import itertools
 import os
 import re
+import subprocess
 import sys
 import threading
 import time
@@ -13,10 +16,11 @@ import pytest
 
 from labkit import MnistDataGenerator, QueueRunner, WorkerError
 from labkit.engine import ring
+from labkit.engine.batches import Component
 from labkit.engine.processes import ProcessPool
 from labkit.quiet import tf
 from labkit.workloads import busy_python
-from tests.consumers import in_dataset, in_graph
+from tests.consumers import IN_SECONDS, in_dataset, in_graph
 from tests.programs import run_program
 
 SMALL = {"capacity": 64, "min_after_dequeue": 0}
@@ -42,6 +46,64 @@ def test_a_lambda_a_closure_and_a_class_of_this_function_travel():
     for factory in (closure, lambda: iter([(np.arange(4) + offset,)]), Local().batches):
         got = in_dataset(QueueRunner(factory, 4, 1, "process", **SMALL))
         assert values(got) == [5, 6, 7, 8]
+
+
+@pytest.mark.filterwarnings("ignore:(?s).*started again")
+@pytest.mark.parametrize("fails", ["first", "restart"])
+def test_where_no_more_processes_can_be_had_the_others_end(monkeypatch, fails):
+    """`nothing_left_running` looks for them. A descriptor that is closed twice may be another's."""
+
+    def batches(worker):
+        yield (np.arange(4),)
+        if worker:
+            raise ValueError("mine")
+        while True:
+            yield (np.arange(4),)
+
+    started, start = [], subprocess.Popen
+
+    def few(*args, **more):
+        if len(started) == 2:
+            raise BlockingIOError(errno.EAGAIN, "no more processes")
+        started.append(start(*args, **more))
+        return started[-1]
+
+    monkeypatch.setattr(subprocess, "Popen", few)
+    gc.collect()
+    before = len(os.listdir("/dev/fd"))
+    n, spec = (3, (Component("x", (), np.int64),)) if fails == "first" else (2, None)
+    given = {"on_error": "restart", "spec": spec, **SMALL}
+    options = QueueRunner(batches, 4, n, "process", **given)._options
+    if fails == "first":
+        with pytest.raises(OSError, match="no more processes"):
+            options.feeder(n, None, 0)
+    else:
+        feeder = options.feeder(n, None, 0)
+        try:
+            feeder.feed(Endless(), 0)
+            feeder._thread.join(IN_SECONDS)
+        finally:
+            feeder.stop()
+        with pytest.raises(
+            WorkerError, match=r"mine(?s:.*)could not be started in its place.*no m"
+        ):
+            feeder.raise_if_failed()
+    assert [process.returncode is None for process in started] == [False, False]
+    gc.collect()
+    assert len(os.listdir("/dev/fd")) <= before
+
+
+class Endless:
+    """A queue that takes whatever comes."""
+
+    def enqueue(self, arrays):
+        return True
+
+    def size(self):
+        return 0
+
+    def close(self, cancel):
+        pass
 
 
 NOTEBOOK_CELL = """

@@ -1,15 +1,19 @@
 """QueueRunner(shard=(rank, world)): several trainers, one data set, equally many steps."""
 
+import collections
 import json
 import socket
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from labkit import QueueRunner, WorkerError, from_files
-from labkit.engine.shares import Share
+from labkit.engine.heard import Heard
+from labkit.engine.messages import Chunk
+from labkit.engine.shares import EvenQueue, Share
 from labkit.quiet import tf
 from tests.benchmarks import resume
 from tests.consumers import in_graph
@@ -68,12 +72,113 @@ def test_all_trainers_take_equally_many_steps(size, rows, world, uneven, options
     found = of_ranks(strided(size, rows), world, 2, **given)
     check(found, size, uneven == "pad", options.get("batch_size", 6))
     # Not a whole batch more than need be is cut or made up.
-    shares = Share(0, world, options.get("n_workers", 1), size, 6, False, True).sizes(rows)
+    shares = Share(0, world, options.get("n_workers", 1), size, 6, False).sizes(rows)
     assert sum(shares) == size
     steps, batch_size = len(found[0][0]), options.get("batch_size", 6)
     assert steps == (
         -(-max(shares) // batch_size) if uneven == "pad" else min(shares) // batch_size
     )
+
+
+class Sink:
+    """A queue that keeps what comes."""
+
+    def __init__(self):
+        self.came = []
+
+    def enqueue(self, arrays):
+        self.came += arrays[0].tolist()
+        return True
+
+    def close(self, cancel):
+        assert not cancel
+
+
+def what_comes(share, rows, draws):
+    """A trainer's batches as they may come: of each worker in turn, of several in any order, now
+    and then in two parts."""
+    left = []
+    for worker in range(share.n_workers):
+        first, all_of_them = share.rank * share.n_workers + worker, share.n_workers * share.world
+        batches = range(first, -(-share.samples // rows), all_of_them)
+        left.append([])
+        for number, batch in enumerate(batches):
+            samples = np.arange(rows * batch, min(rows * (batch + 1), share.samples))
+            at = draws.integers(len(samples)) if draws.random() < 0.3 else 0
+            for part in filter(len, (samples[:at], samples[at:])):
+                told = {"number": number, "last": part[-1] == samples[-1]}
+                left[-1].append(Chunk(worker, [part], 0.0, 0, **told))
+    while left := [its for its in left if its]:
+        yield left[draws.integers(len(left))].pop(0)
+
+
+def delivered(share, rows, draws, losses):
+    """What a trainer's queue gets in a pass, and whether all of its batches came."""
+    heard, sink = (
+        Heard(SimpleNamespace(epoch=0, n_workers=1, factory=SimpleNamespace(shards=1))),
+        Sink(),
+    )
+    queue, gone = EvenQueue(sink, share, heard, 0), set()
+    for chunk in what_comes(share, rows, draws):
+        if chunk.last and draws.random() < losses:
+            gone |= {chunk.worker} if losses > 0.2 else {(chunk.worker, chunk.number)}
+        if gone & {chunk.worker, (chunk.worker, chunk.number)}:
+            heard.lacking = True
+            continue
+        heard.note(chunk)
+        queue.enqueue(chunk.arrays)
+        heard.samples += len(chunk.arrays[0])
+    queue.close(cancel=False)
+    return sink.came
+
+
+def test_no_trainer_takes_a_step_more_than_another_whatever_comes():
+    """Each works on its own. If nothing was lost, either all of them go on, or none."""
+    draws, ends = np.random.default_rng(0), collections.Counter()
+    for case in range(1200):
+        size, rows, world, n, batch_size = draws.integers(1, (60, 30, 5, 4, 9)).tolist()
+        losses, pads = (0, 0, 0.1, 0.3)[case % 4], case % 8 < 4
+        parts, errors = [], []
+        for rank in range(world):
+            share = Share(rank, world, n, size, batch_size, pads)
+            try:
+                parts.append(delivered(share, rows, draws, losses))
+            except WorkerError as error:
+                errors.append(str(error))
+        steps = share.count(rows)
+        assert all("smaller batches" in error for error in errors)
+        if not steps:  # for one of them there is not enough
+            assert errors
+        elif losses or errors:
+            assert {len(part) for part in parts} <= {steps * batch_size}
+            assert losses or not parts
+        else:
+            batches = [np.reshape(part, (steps, batch_size)).tolist() for part in parts]
+            check([[its] for its in batches], size, pads, batch_size)
+        ends[bool(losses), bool(steps), bool(errors), bool(parts)] += 1
+    assert ends[False, True, False, True] > 200  # all go on
+    assert 0 < ends[False, True, True, False] < 50  # nobody could, though there was enough
+    assert ends[True, True, False, True] > 100
+
+
+def test_a_trainer_that_has_only_the_last_batch_takes_as_many_steps():
+    """And one whose only batch is more than it may take, of which a process sends parts."""
+
+    def factory(worker, n_workers, epoch, start=0):
+        for number in range(start + worker, 2, n_workers):
+            if number and not tries:
+                tries.append(worker)
+                raise ValueError("mine")
+            yield np.arange(8 * number, min(10, 8 * (number + 1)))
+
+    tries, small = [], {"batch_size": 2, "samples": 10}
+    with pytest.warns(RuntimeWarning, match="started again"):
+        check(of_ranks(factory, 2, 2, on_error="restart", **small), 10, False, 2)
+
+    def large(worker, n_workers):
+        yield np.repeat(np.arange(36 * worker, 36 + 6 * worker)[:, None], 1 << 15, 1)
+
+    check(of_ranks(large, 2, samples=42, workers="process", on_error="continue"), 42, False)
 
 
 @pytest.mark.parametrize("kind", ["thread", "process"])

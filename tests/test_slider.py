@@ -13,7 +13,7 @@ DEMANDS = Demands(wall=0.04, cpu=0.01, lock=0.002, step=0.005, step_cpu=0.004, c
 
 
 def test_the_sliders_begin_at_what_was_measured_and_move_the_bound():
-    law = Law(DEMANDS, 4)
+    law = Law(DEMANDS, n_workers=4)
     assert list(law.values.values()) == [4, 40, 10, 2, 5, 1]
     box = law._box(__import__("ipywidgets"), law._png())
     grid, picture = box.children
@@ -45,9 +45,9 @@ def test_without_a_kernel_or_widgets_there_is_the_picture(monkeypatch):
 
 
 def test_nothing_is_cut_and_a_number_that_the_slider_lacks_is_refused():
-    for workers in (1, 32):
-        figure = Law(DEMANDS, workers).figure()
+    for n_workers in (1, 32):
+        figure = Law(DEMANDS, n_workers).figure()
         found = boxes(figure)
         assert not cut(figure, found) and not overlapping(found)
-    with pytest.raises(ValueError, match="expected workers from 1 to 32, got 0"):
+    with pytest.raises(ValueError, match="expected n_workers from 1 to 32, got 0"):
         Law(DEMANDS, 0)

@@ -335,6 +335,31 @@ def test_no_epoch_ends_while_a_batch_is_read_for_it():
     assert said == ["read", "done", "end", "read", "done"]
 
 
+@pytest.mark.filterwarnings("ignore:(?s).*(started again|Going on with)")
+@pytest.mark.parametrize("on_error", ["restart", "continue"])
+def test_whoever_is_lost_in_a_read_does_not_hold_the_next_epoch_back(on_error):
+    may_go_on, stood = threading.Event(), []
+
+    class Stands(Shuffled):
+        def __getitem__(self, index):
+            if index == 3 and not stood:
+                stood.append(index)
+                may_go_on.wait(30)
+            return super().__getitem__(index)
+
+    source = Stands()
+    runner = QueueRunner(source, 4, 2, on_error=on_error, timeout=0.6, **SMALL)
+    with runner:
+        passes = [flat(runner.dataset()) for _ in range(2)]
+        assert source.ends >= 1
+        may_go_on.set()
+        passes.append(flat(runner.dataset()))
+    if on_error == "restart":
+        assert passes == [list(range(25))] * 3
+    else:
+        assert 0 < len(passes[1]) < 25
+
+
 def test_each_run_counts_the_epochs_for_itself():
     source = Shuffled()
     factory = as_factory(source)
@@ -351,8 +376,10 @@ def test_an_endless_pydataset_goes_on_where_it_was():
 
 
 def test_a_pydataset_that_changes_between_epochs_is_not_copied_into_processes():
-    with pytest.raises(ValueError, match=r"got Shuffled: its on_epoch_end would.*'thread'"):
-        QueueRunner(Shuffled(), workers="process")
+    for kind in ("process", "ray"):
+        said = rf"workers='{kind}' needs.*got Shuffled: its on_epoch_end would.*'thread'"
+        with pytest.raises(ValueError, match=said):
+            QueueRunner(Shuffled(), workers=kind)
     # By way of a factory, which is asked only as it travels.
     factory = as_factory(Shuffled())
     runner = QueueRunner(

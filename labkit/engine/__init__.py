@@ -46,6 +46,8 @@ class Kind:
         shares_lock: Python's lock (GIL) is one for them and the training step.
         ahead: the most chunks that one of them has ready.
         by_name: it is not tried where nobody asked for it.
+        elsewhere: the factory has to go to another process.
+        takes_options: it has `worker_options`.
         copies: of a batch's bytes on their way, at the least: into the queue, out of it, and of a
             process into shared memory. One fewer of large samples, which are queued as they lie.
     """
@@ -58,12 +60,16 @@ class Kind:
     ahead: int = 2
     copies: int = 2
     by_name: bool = False
+    elsewhere: bool = False
+    takes_options: bool = False
 
 
 # The cheapest first: one worker of it is the serial loop.
 KINDS: dict[str, Kind] = {
     "thread": Kind(ThreadPool, lambda: 32, "threads", shares_lock=True),
-    "process": Kind(ProcessPool, usable_cores, "processes", ahead=MOST_CHUNKS, copies=3),
-    "ray": Kind(RayPool, cluster.cores, "actors", "actor", ahead=PLACES, copies=3, by_name=True),
-}
+    "process": Kind(ProcessPool, usable_cores, "processes", ahead=MOST_CHUNKS, copies=3,
+                    elsewhere=True),
+    "ray": Kind(RayPool, cluster.cores, "actors", "actor", ahead=PLACES, copies=3, by_name=True,
+                elsewhere=True, takes_options=True),
+}  # fmt: skip
 TRIED = tuple(name for name, kind in KINDS.items() if not kind.by_name)

@@ -14,7 +14,6 @@ import time
 import warnings
 import weakref
 from dataclasses import dataclass
-from typing import Any, Protocol
 
 from labkit.engine.auto import Scaler
 from labkit.engine.batches import Spec, joined
@@ -22,25 +21,12 @@ from labkit.engine.heard import Heard
 from labkit.engine.interrupts import ear
 from labkit.engine.messages import Chunk, Ended, Lost, Message, Skipped, WorkerError
 from labkit.engine.pool import Pool
-from labkit.engine.shares import EvenQueue, Share
+from labkit.engine.shares import EvenQueue, Queue, Share
 from labkit.engine.turns import Order, Turns
 
 _TICK = 0.1
 _RUNNING: "weakref.WeakKeyDictionary[Feeder, None]" = weakref.WeakKeyDictionary()  # in this order
 _SMALL_BYTES, _TOGETHER = 1 << 20, 8
-
-
-class Queue(Protocol):
-    """Where batches go; one for each pass."""
-
-    def enqueue(self, arrays: list[Any]) -> bool:
-        """Puts samples in, waiting for room. False if the queue was cancelled meanwhile."""
-
-    def size(self) -> int:
-        """Samples in it now; 0 once it cannot be asked any more."""
-
-    def close(self, cancel: bool) -> None:
-        """No more samples come; `cancel`: those that are in it are dropped, too."""
 
 
 @dataclass(frozen=True)
@@ -220,7 +206,7 @@ class Feeder:
             self.pool.next_epoch(epoch)
             self._ended = set(self._lost)
             self.heard.skips.report()  # of one that was given up
-        self.heard.samples = 0
+        self.heard.samples, self.heard.lacking = 0, bool(self._lost)
         self.heard.counts.clear()
         self._take_turns(epoch)
         self.pool.set_active(self._wanted())
@@ -293,6 +279,7 @@ class Feeder:
     def _leave_out(self, message: Skipped) -> None:
         if self._turns is not None:
             self._turns.record.left_out(message)
+        self.heard.lacking = True
         if not message.released:
             self.heard.skips.note(message)
             self.pool.release(message)
@@ -303,6 +290,7 @@ class Feeder:
         if isinstance(message, Lost):
             first = not self._lost
             self._lost.add(message.worker)
+            self.heard.lacking = True
             error = message.as_error()
             if self.terms.on_error != "continue" or len(self._lost) == self.pool.n_workers:
                 raise error

@@ -24,7 +24,9 @@ class Heard:
         counts: samples of each of them in this pass.
         samples: put into the queue in this pass.
         rows: of the chunk that the spec was read from; 0 where it was given.
-        whole: samples of the largest chunk so far, all its parts.
+        sizes: of the first whole chunks, all their parts, by worker and number. Of two, the larger
+            one is not the pass's last, short one.
+        lacking: something of this pass was left out, or lost.
         skips: batches that were left out.
         records: of the last passes, where the feeder mixes.
     """
@@ -32,7 +34,9 @@ class Heard:
     def __init__(self, pool: Pool, max_skipped: int | None = None) -> None:
         self.workers: set[int] = set()
         self.counts: collections.Counter[int] = collections.Counter()
-        self.samples = self.rows = self.whole = 0
+        self.samples = self.rows = 0
+        self.sizes: dict[tuple[int, int], int] = {}
+        self.lacking = False
         self._parts: collections.Counter[tuple[int, int, int]] = collections.Counter()
         self.skips = Skips(max_skipped)
         self.records: collections.deque[Record] = collections.deque(maxlen=_RECORDS)
@@ -46,7 +50,8 @@ class Heard:
         key = chunk.worker, chunk.epoch, chunk.number
         self._parts[key] += len(chunk.arrays[0])
         if chunk.last:
-            self.whole = max(self.whole, self._parts.pop(key))
+            rows, place = self._parts.pop(key), (chunk.worker, chunk.number)
+            self.sizes |= {place: rows} if len(self.sizes) < 2 else {}
         new = chunk.worker not in self.workers
         self.workers.add(chunk.worker)
         self.counts[chunk.worker] += len(chunk.arrays[0])

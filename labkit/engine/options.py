@@ -66,12 +66,13 @@ class Options:
 
         kinds = (*KINDS, "auto")
         check("workers", self.workers in kinds, " or ".join(map(repr, kinds)))
+        kind, options = KINDS.get(self.workers), self.worker_options
+        takers = " or ".join(repr(name) for name, its in KINDS.items() if its.takes_options)
+        fits = options is None or bool(kind and kind.takes_options and isinstance(options, dict))
+        check("worker_options", fits, f"None, or a dict and workers={takers}")
         ways = ("raise", "continue", "skip", "restart")
         check("on_error", self.on_error in ways, "'raise', 'continue', 'skip' or 'restart'")
         check("max_restarts", is_integer(self.max_restarts, 0), "an integer >= 0")
-        options = self.worker_options
-        fits = options is None or (self.workers == "ray" and isinstance(options, dict))
-        check("worker_options", fits, "None, or a dict and workers='ray'")
         most = self.max_skipped
         fits = most is None or (self.on_error == "skip" and is_integer(most, 0))
         check("max_skipped", fits, "None, or an integer >= 0 and on_error='skip'")
@@ -98,6 +99,13 @@ class Options:
         in_time = timeout is None or (isinstance(timeout, (int, float)) and timeout > 0)
         check("timeout", in_time, "None or seconds > 0")
         factory = IteratorFactory(self.iterator, 1)
+        stays = getattr(self.iterator, "stays", "")
+        if stays and kind and kind.elsewhere:
+            raise ValueError(
+                f"QueueRunner: workers={self.workers!r} needs a source that can go to another "
+                f"process, got {type(factory.users).__name__}: {stays}. Use workers="
+                f"{next(iter(KINDS))!r}, or a factory that makes it inside."
+            )
         check("uneven", self.shard is not None or self.uneven == "drop", "left away without shard")
         if self.shard is not None:
             self._check_shard(factory)
@@ -133,8 +141,9 @@ class Options:
     def _share(self, n_workers: Any) -> Share | None:
         if self.shard is None:
             return None
-        exact, pads = self.on_error == "raise", self.uneven == "pad"
-        return Share(*self.shard, n_workers, self.samples, self.batch_size, pads, exact)
+        rows = getattr(self.iterator, "_labkit_rows", 0)
+        pads = self.uneven == "pad"
+        return Share(*self.shard, n_workers, self.samples, self.batch_size, pads, rows)
 
     @property
     def _mixed(self) -> int:
@@ -207,14 +216,21 @@ class Options:
             self.min_after_dequeue - self._mixed + self.batch_size,
             self.capacity - self._mixed,
             self.samples if self.shard is None else None,
-            Scaler(limit, resumed.workers if resumed else 1) if auto else None,
+            Scaler(limit, resumed.n_workers if resumed else 1) if auto else None,
             order,
             self._share(n_workers),
             self.max_skipped,
         )
-        feeder = Feeder(kind.pool(job), terms)
+        pool = kind.pool(job)
+        try:
+            feeder = Feeder(pool, terms)
+        except BaseException:
+            pool.stop()  # of those workers that were started
+            raise
         if resumed is not None and begun:
-            feeder.heard.whole = max((run.rows for run in resumed.mixed.runs), default=0)
+            for run in resumed.mixed.runs:
+                places = (run.chunk(at, pool.n_workers) for at in range(min(run.chunks, 2)))
+                feeder.heard.sizes |= dict.fromkeys(places, run.rows)
         return feeder
 
     def batches(self, rows: int) -> int | None:
@@ -222,8 +238,7 @@ class Options:
         first chunk, 0 while that is not known."""
         share = self._share(self.n_workers)
         if share is not None:
-            each = getattr(self.iterator, "_labkit_rows", None)
-            return share.steps(each) if each and share.samples else None
+            return share.steps(share.rows) if share.rows and share.samples else None
         if self.on_error != "raise":
             return None
         if self.samples is not None:

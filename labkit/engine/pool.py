@@ -122,9 +122,10 @@ class Pool(ABC):
                 self._inbox.appendleft(late)
         while self._inbox:
             message = self._inbox.popleft()
-            if isinstance(message, Lost) and message.life < self.job.restarts:
-                self._restart(message)
-            elif isinstance(message, Lost) or message.epoch == self.epoch:
+            if isinstance(message, Lost):
+                if not self._restarted(message):
+                    return message
+            elif message.epoch == self.epoch:
                 return message
             elif isinstance(message, Chunk | Skipped):
                 self.release(message)
@@ -223,27 +224,37 @@ class Pool(ABC):
             state.done, state.rows, state.seen = chunk.number + 1, 0, 0
         return before
 
-    def _restart(self, lost: Lost) -> None:
-        """Another one makes what the lost worker has not delivered of this pass."""
+    def _restarted(self, lost: Lost) -> bool:
+        """Whether another one makes what the lost worker has not delivered of this pass."""
+        if lost.life >= self.job.restarts or self._stopping:
+            return False
         worker, state = lost.worker, self._states[lost.worker]
         new = _State(life=state.life + 1, done=state.done, rows=state.rows)
         begin = state.done if self.factory.can_resume else 0
-        with interrupts.held_back():
-            self._start(worker, new.life, begin)
-            self._states[worker] = new
+        try:
+            with interrupts.held_back():
+                self._start(worker, new.life, begin)
+                self._states[worker] = new
+        except Exception as error:
+            lost.text += f"\nAnother one could not be started in its place: {error}"
+            return False
         text = f"{lost.as_error()}\nIt is started again, {new.life} of {self.job.restarts} times."
         warnings.warn(text, RuntimeWarning, stacklevel=1)
+        return True
 
     def _late(self) -> Lost | None:
         now, timeout = time.monotonic(), self.job.timeout
-        if timeout is None or now < self._look_again:
+        if now < self._look_again:
             return None
         self._look_again = now + _LOOK
+        if timeout is None:
+            return None
         for worker, state in enumerate(self._states[: self.active]):
             idle = state.ended or state.lost or state.unheard
             idle = idle or state.taken >= self._room(worker)
             if not idle and now - state.since > timeout:
                 state.ended = state.lost = True
+                self.factory.late(worker)
                 return Lost(
                     worker,
                     f"has delivered nothing for {timeout:g} s, expected a batch within timeout="

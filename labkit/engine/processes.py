@@ -167,7 +167,7 @@ class _Process:
     ) -> None:
         self.index, self._kept, self.life = index, kept, life
         self.ring: Ring | None = None
-        self.gone = False
+        self.gone = self._ended = False
         ours, theirs = socket.socketpair()
         self._memory = shared_memory(0, "")
         self._trace = shared_memory(0, "")
@@ -269,6 +269,10 @@ class _Process:
         return readable("".join(lines)) or "(it did not answer)\n"
 
     def end(self, deadline: float) -> None:
+        """May come twice: by then its descriptors, and its number, may be another's."""
+        if self._ended:
+            return
+        self._ended = True
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(max(0.01, deadline - time.monotonic()))
         # What the iterator started and never ended is in its process group, and ends with it.

@@ -104,6 +104,12 @@ class IteratorFactory:
             return [(0, None)]
         return list(self.resumed.of_worker[worker])
 
+    def late(self, worker: int) -> None:
+        """It is given up, and may stand in the user's code for ever: nobody is to wait for it."""
+        getattr(self.factory, "_labkit_late", lambda _: None)(
+            self.shard[0] * self.n_workers + worker
+        )
+
     def start(self, done: int) -> int:
         """What the parameter `start` is after `done` chunks of a worker: whoever shares counts
         those of all workers, as in range(start + worker, size, n_workers)."""

@@ -66,8 +66,8 @@ class ThreadPool(Pool):
         for before in self._seats[worker : worker + 1]:
             before.begin(None)
         self._seats[worker : worker + 1] = [seat]
-        self._threads.append((worker, thread))
         thread.start()
+        self._threads.append((worker, thread))
 
     def _work(self, worker: int, seat: _Seat) -> None:
         if self.job.stages:

@@ -33,7 +33,7 @@ class Resumed:
     state: dict[str, Any]
 
     @property
-    def workers(self) -> int:
+    def n_workers(self) -> int:
         """How many there have to be at the least, to make again what they made."""
         return max((who + 1 for who, begin in enumerate(self.mixed.begins) if begin), default=1)
 

@@ -32,17 +32,17 @@ class Law:
 
     Args:
         demands: where the sliders begin, as `Report.demands` has it for each kind of worker.
-        workers: how many at first, 1 to 32.
+        n_workers: how many at first, 1 to 32.
 
     Raises:
         ValueError: for a number of workers that the slider does not have.
     """
 
-    def __init__(self, demands: Demands, workers: int = 4) -> None:
-        if not 1 <= workers <= _MOST:
-            raise ValueError(f"Law: expected workers from 1 to {_MOST}, got {workers}")
+    def __init__(self, demands: Demands, n_workers: int = 4) -> None:
+        if not 1 <= n_workers <= _MOST:
+            raise ValueError(f"Law: expected n_workers from 1 to {_MOST}, got {n_workers}")
         self._demands = demands
-        found = (workers, 1e3 * demands.wall, 1e3 * demands.cpu, 1e3 * demands.lock,
+        found = (n_workers, 1e3 * demands.wall, 1e3 * demands.cpu, 1e3 * demands.lock,
                  1e3 * demands.step, demands.cores)  # fmt: skip
         self.values: dict[str, float] = {
             name: min(max(value, least), most)
