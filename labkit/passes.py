@@ -111,6 +111,7 @@ def _kind_in_python(kind: Any) -> type:
         _most: int | None
         _queue: EagerQueue | None = None
         _begins = True
+        _last: Any = None
         _came = 0
 
         def __next__(self) -> Any:
@@ -126,10 +127,18 @@ def _kind_in_python(kind: Any) -> type:
         def _next(self) -> Any:
             if self._queue is not None and tf.executing_eagerly():
                 with contextlib.suppress(tf.errors.OpError):
-                    return self._queue.take()
+                    batch, is_last = self._queue.take()
+                    if not is_last:
+                        return batch
+                    self._last = batch  # tf.data may have taken two ahead
                 self._queue = None
             before, begins, self._begins = self._opened.count, self._begins, False
-            batch = super().__next__()
+            try:
+                batch = super().__next__()
+            except StopIteration:
+                if self._last is None:
+                    raise
+                batch, self._last = self._last, None
             # If others have begun as well, in other threads, it is not known whose is whose.
             if begins and self._opened.count == before + 1:
                 self._queue = self._opened.newest()
