@@ -66,8 +66,7 @@ class QueueRunner(Resumable):
             it makes its pass again and what had come is dropped: once, if the batches are the same.
         timeout: seconds that a worker may spend on one batch before that counts as a failure and
             the error shows what it was doing; None waits for ever. Default 60.
-        max_workers: the limit for "auto". Default: 32 threads, one process per usable core, or as
-            many actors as the cluster has CPUs for.
+        max_workers: the limit for "auto". Default: 32 threads, a process a core, an actor a CPU.
         seed: of the shuffling, of the order of a data set that is split by index, and of `seed` and
             `rng` of the iterator. None: drawn once.
         samples: of one pass of all workers (and trainers), if known: the length of Keras's epoch;
