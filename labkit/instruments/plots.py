@@ -44,8 +44,8 @@ def _with_texts(figure: Figure, title: str, machine: Mapping[str, Any] | None) -
 def _legend(ax: Any, bound: float | None = None, unit: str = "") -> None:
     """The bound as a line, and the legend right of the axes, where it lies on nothing."""
     if bound is not None:
-        text = f"bound {bound:.3g} {unit}".rstrip()
-        ax.axhline(bound, color=BOUND, linestyle="--", label=text)
+        label = f"bound {bound:.3g} {unit}".rstrip()
+        ax.axhline(bound, color=BOUND, linestyle="--", label=label)
     if ax.get_legend_handles_labels()[0]:
         ax.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False)
 
@@ -381,7 +381,6 @@ def law(
 
     Args:
         bounds_of: name to steps/s at each number of workers; infinite where there is no such bound.
-            The legend has those at n, since a line may lie far above the picture.
     """
     figure, ax = _figure()
     counts = np.arange(1, 1 + len(next(iter(bounds_of.values()))))
@@ -389,13 +388,12 @@ def law(
     for (name, rates), style in zip(bounds_of.items(), ("-.", ":", "--", (0, (1, 3)), (0, (5, 5))),
                                     strict=False):  # fmt: skip
         if np.isfinite(rates).any():
-            label = f"{name}: {rates[n - 1]:.3g}"
+            label = f"{name}: {rates[n - 1]:.3g}"  # its line may lie far above the picture
             ax.plot(counts, rates, color="0.5", linestyle=style, linewidth=1, label=label)
     ax.plot(counts, least, color=COMPUTE, linewidth=3, label="the least of them")
     ax.plot(n, least[n - 1], "o", color="#D55E00", markersize=10)
     ax.set(xlabel="workers", ylabel="steps per second", ylim=(0, 1.3 * least.max()))
     _legend(ax)
     limit = min(bounds_of, key=lambda name: bounds_of[name][n - 1])
-    return _with_texts(
-        figure, f"{n} workers: at most {least[n - 1]:.3g} steps/s, set by {limit}", machine
-    )
+    title = f"{n} workers: at most {least[n - 1]:.3g} steps/s, set by {limit}"
+    return _with_texts(figure, title, machine)
