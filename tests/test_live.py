@@ -19,8 +19,8 @@ from labkit.instruments.usage_monitor import Gpu
 from labkit.instruments.waiting import Counted, RecentWaiting, Waiting
 from labkit.instruments.watch_fit import FitWatch
 from labkit.quiet import tf
+from tests.figure_texts import boxes, cut, overlapping
 from tests.programs import ROOT
-from tests.test_plots import boxes, cut, overlapping
 
 X = np.zeros((40, 2), np.float32)
 
@@ -215,6 +215,20 @@ def test_the_picture_has_a_panel_for_what_there_is_and_nothing_is_cut(sight, tit
         assert last == sight.text()
         found = boxes(figure)
         assert not cut(figure, found) and not overlapping(found)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "label"),
+    [(21.5, "21.5 s"), (999.4, "999 s"), (1234.5, "20.6 min"), (86_400, "24 h")],
+)
+def test_the_time_of_a_long_run_has_room(seconds, label):
+    picture, sight = Picture(), seen_sight(1)
+    sight.usage.seconds = list(np.linspace(0, seconds, len(sight.usage.cpu)))
+    picture.png(sight, sight.text(), ended=True)
+    found = boxes(picture.figure)
+    ends = [box for words, box in found.items() if words.split(" ", 1)[1] == label]
+    assert len(ends) == 5 and max(box.x1 for box in ends) < picture.figure.bbox.width - 10
+    assert not cut(picture.figure, found) and not overlapping(found)
 
 
 def heights(figure, title):

@@ -3,11 +3,12 @@
 import base64
 import sys
 
+import numpy as np
 import pytest
 
 from labkit.instruments.laws import Demands, bounds
 from labkit.instruments.slider import Law
-from tests.test_plots import boxes, cut, overlapping
+from tests.figure_texts import boxes, cut, overlapping
 
 DEMANDS = Demands(wall=0.04, cpu=0.01, lock=0.002, step=0.005, step_cpu=0.004, cores=1)
 
@@ -22,6 +23,12 @@ def test_the_sliders_begin_at_what_was_measured_and_move_the_bound():
     least = min(bounds(4, DEMANDS).values())
     title = f"4 workers: at most {least:.3g} steps/s, set by the cores"
     assert law.figure().get_suptitle() == title
+    (ax,) = law.figure().axes
+    told = [text.get_text() for text in ax.get_legend().get_texts()]
+    assert told == [
+        *(f"{name}: {rate:.3g}" for name, rate in bounds(4, DEMANDS).items() if rate < np.inf),
+        "the least of them",
+    ]
     before = picture.value
     sliders["cores"].value = 64
     assert picture.value != before
