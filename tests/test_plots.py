@@ -101,13 +101,14 @@ FIGURES = {
         article={1: 18.13, 4: 69.64},
         machine=MACHINE,
     ),
-    "bars": lambda title: plots.bars(LARGE, title, "steps per second", 1e5, MACHINE),
+    "bars": lambda title: plots.bars(LARGE, title, "steps per second", 1e5, MACHINE, "steps/s"),
     "stacked": lambda title: plots.stacked(
         {label: {"computing, alone": 1e3, "waiting for data": 2e4} for label in LABELS},
         title,
         "ms per step",
         1e4,
         MACHINE,
+        "ms",
     ),
     "grouped": lambda title: plots.grouped(
         {label: dict.fromkeys(LABELS, 1.5) for label in LABELS},
@@ -115,6 +116,7 @@ FIGURES = {
         "steps/s, relative to 1 thread",
         1.0,
         MACHINE,
+        "x",
     ),
     "series": lambda title: plots.series(
         {label: ([0, 1, 2], [0, 1e6, 2e6]) for label in LABELS},
@@ -136,6 +138,16 @@ def test_no_text_is_cut_and_none_lies_on_another(draw, title):
     assert not cut(figure, found)
     assert not overlapping(found)
     assert title.split()[0] in figure.get_suptitle()
+
+
+@pytest.mark.parametrize("draw", (plots.bars, plots.stacked, plots.grouped))
+@pytest.mark.parametrize("unit, said", [("", "bound 1e+05"), ("steps/s", "bound 1e+05 steps/s")])
+def test_a_bound_has_its_unit(draw, unit, said):
+    values = {"one": 2.0} if draw is plots.bars else {"one": {"part": 2.0}}
+    (ax,) = draw(values, "Title", "steps per second", 1e5, unit=unit).axes
+    assert said in [text.get_text() for text in ax.get_legend().get_texts()]
+    (ax,) = draw(values, "Title", "steps per second").axes
+    assert "bound" not in str(ax.get_legend() and ax.get_legend().get_texts())
 
 
 def test_the_check_finds_a_title_that_is_cut_and_texts_on_each_other():

@@ -31,13 +31,30 @@ def _figure(width: float = 8, height: float = 3.6, **kwargs: Any) -> tuple[Figur
     return figure, axes
 
 
-def _texts(figure: Figure, title: str, machine: Mapping[str, Any] | None) -> None:
+def _with_texts(figure: Figure, title: str, machine: Mapping[str, Any] | None) -> Figure:
     figure.suptitle(title, wrap=True)  # the figure's, not an axes': that wraps at the wrong width
     if machine:
         cores = "1 core" if machine["cores"] == 1 else f"{machine['cores']} cores"
         parts = machine["processor"], cores, *machine.get("gpus", ())
         text = f"Measured on {', '.join(parts)}, TensorFlow {machine['tensorflow']}"
         figure.supxlabel(text, fontsize=8, color="0.35", x=0.01, ha="left")
+    return figure
+
+
+def _legend(ax: Any, bound: float | None = None, unit: str = "") -> None:
+    """The bound as a line, and the legend right of the axes, where it lies on nothing."""
+    if bound is not None:
+        text = f"bound {bound:.3g} {unit}".rstrip()
+        ax.axhline(bound, color=BOUND, linestyle="--", label=text)
+    if ax.get_legend_handles_labels()[0]:
+        ax.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False)
+
+
+def _logarithmic(ax: Any) -> None:
+    ax.set_yscale("log")
+    ax.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    ax.yaxis.set_minor_formatter(lambda value, _: "")
+    ax.yaxis.set_major_locator(LogLocator(10, (1, 2, 5)))
 
 
 def _wrapped(labels: Mapping[str, Any]) -> list[str]:
@@ -80,9 +97,8 @@ def timeline(
     ax.set_yticks(range(len(runs)), list(runs))
     ax.invert_yaxis()
     ax.set(xlabel=f"time over {steps} steps (ms)")
-    ax.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False)
-    _texts(figure, title, machine)
-    return figure
+    _legend(ax)
+    return _with_texts(figure, title, machine)
 
 
 def epochs(history: Any, title: str | None = None, bound: float | None = None) -> Figure:
@@ -109,12 +125,11 @@ def epochs(history: Any, title: str | None = None, bound: float | None = None) -
         ax.set(xlabel="epoch", title=label)
         ax.set_xticks(numbers)
     axes[0, 0].set_ylabel("seconds per epoch")
-    axes[0, -1].legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False)
+    _legend(axes[0, -1])
     share = sum(e.waiting for e in first.epochs) / sum(e.seconds for e in first.epochs)
     middle = np.median([e.seconds for e in first.epochs])
     title = title or f"An epoch takes {middle:.3g} s, {share:.0%} of it waiting for data"
-    _texts(figure, title, first.machine)
-    return figure
+    return _with_texts(figure, title, first.machine)
 
 
 def sweep(
@@ -148,15 +163,11 @@ def sweep(
             label="the article, 2018",
         )
     ax.set_xscale("log", base=2)
-    ax.set_yscale("log")
     ax.set_xticks(counts, [str(count) for count in counts])
-    ax.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
-    ax.yaxis.set_minor_formatter(lambda value, _: "")
-    ax.yaxis.set_major_locator(LogLocator(10, (1, 2, 5)))
+    _logarithmic(ax)
     ax.set(xlabel="workers", ylabel="steps per second")
-    ax.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False)
-    _texts(figure, title, machine)
-    return figure
+    _legend(ax)
+    return _with_texts(figure, title, machine)
 
 
 def bars(
@@ -165,19 +176,17 @@ def bars(
     ylabel: str,
     bound: float | None = None,
     machine: Mapping[str, Any] | None = None,
+    unit: str = "",
 ) -> Figure:
-    """One bar for each label, with its value written on it and the bound as a line."""
+    """One bar for each label, with its value written on it and the bound, in `unit`, as a line."""
     figure, ax = _figure(max(6.0, 1.3 * len(values)), 3.6)
     drawn = ax.bar(_wrapped(values), list(values.values()), color=COMPUTE, width=0.6)
     for text in ax.bar_label(drawn, fmt="%.3g", padding=2):
         text.set_bbox({"color": "white", "pad": 1})  # the bound may run through it
-    if bound is not None:
-        ax.axhline(bound, color=BOUND, linestyle="--", label=f"bound {bound:.3g}")
-        ax.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False)
     ax.set(ylabel=ylabel)
     ax.margins(y=0.15)
-    _texts(figure, title, machine)
-    return figure
+    _legend(ax, bound, unit)
+    return _with_texts(figure, title, machine)
 
 
 def stacked(
@@ -186,8 +195,9 @@ def stacked(
     ylabel: str,
     bound: float | None = None,
     machine: Mapping[str, Any] | None = None,
+    unit: str = "",
 ) -> Figure:
-    """A bar for each label, made of named parts; every label has the same parts."""
+    """A bar for each label, made of the same named parts. The bound: as in `bars`."""
     figure, ax = _figure(max(6.0, 1.6 * len(bars) + 1.6), 3.6)
     parts = list(next(iter(bars.values())))
     colours = {"waiting for data": WAIT, "between steps": OTHER, "step slowed": "#CC79A7"}
@@ -196,12 +206,9 @@ def stacked(
         heights = np.array([bar[part] for bar in bars.values()])
         ax.bar(_wrapped(bars), heights, 0.6, base, label=part, color=colours.get(part, COMPUTE))
         base += heights
-    if bound is not None:
-        ax.axhline(bound, color=BOUND, linestyle="--", label=f"bound {bound:.3g}")
     ax.set(ylabel=ylabel)
-    ax.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False)
-    _texts(figure, title, machine)
-    return figure
+    _legend(ax, bound, unit)
+    return _with_texts(figure, title, machine)
 
 
 def grouped(
@@ -210,8 +217,9 @@ def grouped(
     ylabel: str,
     bound: float | None = None,
     machine: Mapping[str, Any] | None = None,
+    unit: str = "",
 ) -> Figure:
-    """Bars side by side in each group; every group has the same ones."""
+    """Bars side by side in each group; every group has the same ones. The bound: as in `bars`."""
     figure, ax = _figure()
     names = list(next(iter(groups.values())))
     width = 0.8 / len(names)
@@ -220,14 +228,11 @@ def grouped(
         drawn = ax.bar(at, [group[name] for group in groups.values()], width, label=name)
         for text in ax.bar_label(drawn, fmt="%.3g", padding=2, fontsize=8):
             text.set_bbox({"color": "white", "pad": 0.5})  # the bound may run through it
-    if bound is not None:
-        ax.axhline(bound, color=BOUND, linestyle="--", label=f"bound {bound:.3g}")
     ax.set_xticks(range(len(groups)), _wrapped(groups))
     ax.set(ylabel=ylabel)
     ax.margins(y=0.15)
-    ax.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False)
-    _texts(figure, title, machine)
-    return figure
+    _legend(ax, bound, unit)
+    return _with_texts(figure, title, machine)
 
 
 def series(
@@ -246,9 +251,8 @@ def series(
         ax.axhline(value, color=BOUND, linestyle=style, linewidth=1, label=label)
     ax.set(xlabel=xlabel, ylabel=ylabel)
     ax.set_ylim(bottom=0)
-    ax.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False)
-    _texts(figure, title, machine)
-    return figure
+    _legend(ax)
+    return _with_texts(figure, title, machine)
 
 
 def usage(monitors: Any, title: str = "", machine: Mapping[str, Any] | None = None) -> Figure:
@@ -298,8 +302,7 @@ def usage(monitors: Any, title: str = "", machine: Mapping[str, Any] | None = No
         axes[1, 0].yaxis.label.set(rotation=0, ha="right", va="center")
     axes[2, 0].set_ylim(top=1.2 * axes[2, 0].get_ylim()[1])  # of the whole row
     figure.align_ylabels()
-    _texts(figure, title, machine)
-    return figure
+    return _with_texts(figure, title, machine)
 
 
 def keep(figure: Figure, name: str, data: Mapping[str, Any]) -> None:
@@ -336,19 +339,15 @@ def diagnosis(report: Any, machine: Mapping[str, Any] | None = None) -> Figure:
     ticks = sorted({row.n for row in report.rows})
     ax.set_xticks(ticks, [str(n) for n in ticks])
     if report.model_rate > 3 * max(row.predicted for row in report.rows):
-        ax.set_yscale("log")
-        ax.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
-        ax.yaxis.set_minor_formatter(lambda value, _: "")
-        ax.yaxis.set_major_locator(LogLocator(10, (1, 2, 5)))
+        _logarithmic(ax)
     else:
         ax.set_ylim(bottom=0)
     title = f"{report.best.name}: about {report.speed_up:.1f}x the serial loop"
     if report.leave:
         title = f"Leave your loop: {title[0].lower()}{title[1:]}"
     ax.set(xlabel="workers", ylabel="steps per second")
-    ax.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False)
-    _texts(figure, title, machine)
-    return figure
+    _legend(ax)
+    return _with_texts(figure, title, machine)
 
 
 def race(
@@ -372,8 +371,7 @@ def race(
         ax.axvline(1, color=BOUND, linewidth=0.8)
         ax.set_title(place, loc="left", fontsize=9)
     np.ravel(axes)[-1].set_xlabel("steps per second, over the first's; median and spread of rounds")
-    _texts(figure, "The race: labkit (blue) beside the others", machine)
-    return figure
+    return _with_texts(figure, "The race: labkit (blue) beside the others", machine)
 
 
 def law(
@@ -394,7 +392,8 @@ def law(
     ax.plot(counts, least, color=COMPUTE, linewidth=3, label="the least of them")
     ax.plot(n, least[n - 1], "o", color="#D55E00", markersize=10)
     ax.set(xlabel="workers", ylabel="steps per second", ylim=(0, 1.3 * least.max()))
-    ax.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False)
+    _legend(ax)
     limit = min(bounds_of, key=lambda name: bounds_of[name][n - 1])
-    _texts(figure, f"{n} workers: at most {least[n - 1]:.3g} steps/s, set by {limit}", machine)
-    return figure
+    return _with_texts(
+        figure, f"{n} workers: at most {least[n - 1]:.3g} steps/s, set by {limit}", machine
+    )
