@@ -80,9 +80,9 @@ def test_what_a_batch_computes_is_measured_on_a_busy_machine_too_and_can_be_chec
     [
         (0.02, 0.1, 1.9, 1.9, "waits"),
         (0.02, 0.1, None, 1.9, "waits"),
-        (0.02, 1.0, 0.9, 1.9, "holds the GIL"),
-        (0.02, 1.0, 0.9, None, "holds the GIL"),
-        (0.02, 1.0, 1.8, 1.9, "computes outside the GIL"),
+        (0.02, 1.0, 0.9, 1.9, "holds Python's lock"),
+        (0.02, 1.0, 0.9, None, "holds Python's lock"),
+        (0.02, 1.0, 1.8, 1.9, "computes without holding Python's lock"),
         (0.02, 1.0, None, 1.9, "computes"),
         (0.02, 1.9, 1.0, 1.0, "uses all cores"),
         (0.02, 0.1, 1.0, 1.9, "makes threads take turns"),
@@ -390,7 +390,7 @@ def test_processes_beyond_the_cores_are_considered_where_the_generator_waits(mon
     alone = {("thread", 1): 50, ("thread", 2): 48, ("process", 1): 50, ("process", 2): 98}
     both = {**threads(48, 47, 46), **threads(49, 95, kind="process")}
     report = made_up(monkeypatch, alone, 0.02, 0.005, both)
-    assert report.nature == "holds the GIL" and report.best.name == "2 processes"
+    assert report.nature == "holds Python's lock" and report.best.name == "2 processes"
     assert {row.n for row in report.rows if row.workers == "process"} == {1, 2}
 
 
@@ -461,7 +461,7 @@ def test_a_lock_of_the_users_own_is_not_called_pythons(processes, words, monkeyp
     alone = {("thread", 1): 50, ("thread", 2): 50, ("process", 1): 50, ("process", 2): processes}
     both = {**threads(49, 50, 50), **threads(49, 0.98 * processes, kind="process")}
     report = made_up(monkeypatch, alone, 0.001, 0.002, both)
-    assert report.nature == words and "GIL" not in str(report)
+    assert report.nature == words and "Python's lock" not in str(report)
     assert ("Threads take turns" in report.verdict) == (processes > 50)
     assert ("processes do not" in report.verdict) == (processes > 50)
     bound_by = {row.n: row.bound_by for row in report.rows if row.workers == "thread"}

@@ -226,10 +226,10 @@ def nature(own: float, busy: float, sharing: float | None, apart: float | None, 
     if sharing is None:
         return "makes workers take turns" if alike else "waits" if waits else "computes"
     if sharing > 1.4:
-        return "waits" if waits else "computes outside the GIL"
+        return "waits" if waits else "computes without holding Python's lock"
     if alike:
         return "makes workers take turns"
-    return "makes threads take turns" if waits else "holds the GIL"
+    return "makes threads take turns" if waits else "holds Python's lock"
 
 
 def leaves(rate: float, model: float, serial: float) -> bool:

@@ -74,10 +74,11 @@ class Report:
     """The diagnosis. Show it in a notebook, or print it.
 
     Attributes:
-        nature: what the generator does: "waits", "holds the GIL", "computes outside the GIL", "uses
-            all cores", "costs next to nothing", "makes threads take turns" (it waits, under a lock
-            of its own or for what serves one at a time), "makes workers take turns" (processes,
-            too); "computes" where threads were not considered; "cannot be split among workers".
+        nature: what the generator does: "waits", "holds Python's lock", "computes without holding
+            Python's lock", "uses all cores", "costs next to nothing", "makes threads take turns"
+            (it waits, under a lock of its own or for what serves one at a time), "makes workers
+            take turns" (processes, too); "computes" where threads were not considered; "cannot be
+            split among workers".
         rows: predicted steps/s for each kind and number of workers.
         best: the recommended row, see `best_of`.
         leave: no workers are worth it, the recommendation is to leave your loop as it is; `best` is
