@@ -1,11 +1,24 @@
-"""A notebook that fails is run once more, and the summary says so: its claims are measurements."""
+"""A notebook that fails is run once more, and the summary says so: its claims are measurements.
+In every kernel the figures are checked for texts that are cut or lie on each other."""
 
+import os
 import re
+import tempfile
+from pathlib import Path
 
 import pytest
 
+from tests import figure_texts
+
 _FIRST_FAILURE = "first failure"
 _COLOURS = re.compile(r"\x1b\[[0-9;]*m")
+
+
+def pytest_configure(config):
+    if not hasattr(config, "workerinput"):  # else that of the process which started this one
+        folder = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
+        os.environ["IPYTHONDIR"] = str(figure_texts.in_kernels(Path(folder.name)))
+        config.add_cleanup(folder.cleanup)
 
 
 @pytest.hookimpl(wrapper=True)

@@ -19,8 +19,8 @@ from labkit.instruments.usage_monitor import Gpu
 from labkit.instruments.waiting import Counted, RecentWaiting, Waiting
 from labkit.instruments.watch_fit import FitWatch
 from labkit.quiet import tf
+from tests.figure_texts import boxes, cut, overlapping
 from tests.programs import ROOT
-from tests.test_plots import boxes, cut, overlapping
 
 X = np.zeros((40, 2), np.float32)
 

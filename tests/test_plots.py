@@ -1,69 +1,22 @@
 """Nothing of a figure is cut, and no text lies on another, however long title and labels are."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.text import Text
 
 from labkit.instruments import plots
 from labkit.instruments.history import Epoch, History
+from labkit.instruments.report import Row
 from labkit.instruments.usage_monitor import Gpu, UsageMonitor
-from tests import cheat_sheet
+from tests import cheat_sheet, figure_texts
+from tests.figure_texts import boxes, cut, overlapping, refuse
 
 LONG = "Starved, the process is 3.9 times less busy and done 4.1 times later; " * 3
 MACHINE = {"processor": "AMD EPYC", "cores": 2, "tensorflow": "2.21.0"}
 LABELS = ("sleeping, 4 threads", "pure Python, 2 processes", "NumPy augmentation")
-
-
-def boxes(figure: Figure) -> dict[str, object]:
-    """The box of each text that is drawn, in pixels, by its words."""
-    canvas = FigureCanvasAgg(figure)
-    canvas.draw()
-    texts = [text for text in figure.findobj(Text) if text.get_visible() and text.get_text()]
-    renderer = canvas.get_renderer()
-    # Ticks beyond the limits of an axis are there, but not drawn.
-    drawn = [text for text in texts if text.get_window_extent(renderer).width > 0]
-    ticks = {
-        label
-        for ax in figure.axes
-        for axis in (ax.xaxis, ax.yaxis)
-        for label in axis.get_ticklabels(which="both")
-    }
-    shown = {
-        label
-        for ax in figure.axes
-        for axis in (ax.xaxis, ax.yaxis)
-        for tick in axis._update_ticks()
-        for label in (tick.label1, tick.label2)
-    }
-    kept = [text for text in drawn if text not in ticks or text in shown]
-    return {
-        f"{number} {text.get_text()}": text.get_window_extent(renderer)
-        for number, text in enumerate(kept)
-    }
-
-
-def cut(figure: Figure, found: dict[str, object]) -> list[str]:
-    """The texts that the canvas cuts."""
-    width, height = figure.bbox.width, figure.bbox.height
-    return [
-        words
-        for words, box in found.items()
-        if box.x0 < -1 or box.y0 < -1 or box.x1 > width + 1 or box.y1 > height + 1
-    ]
-
-
-def overlapping(found: dict[str, object]) -> list[tuple[str, str]]:
-    """Pairs of texts that lie on each other."""
-    texts = list(found.items())
-    return [
-        (one, other)
-        for number, (one, box) in enumerate(texts)
-        for other, second in texts[number + 1 :]
-        if min(box.x1, second.x1) - max(box.x0, second.x0) > 1
-        and min(box.y1, second.y1) - max(box.y0, second.y0) > 1
-    ]
 
 
 def history():
@@ -84,6 +37,18 @@ def gpu(index):
     return Gpu(index, "NVIDIA H100 80GB HBM3", 8e10, [0.0, 100.0], [7e10, 7e10])
 
 
+def report(name, model_rate):
+    rows = [
+        Row(kind, n, 9.0 * n, 8.0 * n, 10.0 * n, "the generator", 9.5 * n if n < 4 else None)
+        for kind in ("thread", "process")
+        for n in (1, 2, 4, 8)
+    ]
+    best = SimpleNamespace(name=name)
+    rates = {"model_rate": model_rate, "serial_rate": 8.0, "speed_up": 12.3}
+    return SimpleNamespace(rows=rows, best=best, leave=False, **rates)
+
+
+CONTESTANTS = ("labkit, 16 processes", "Keras's PyDataset, 16 processes", "a pool of your own")
 LARGE = dict(zip(LABELS, (123_456.0, 98.7, 0.0123), strict=True))
 FIGURES = {
     "timeline": lambda title: plots.timeline(
@@ -127,6 +92,12 @@ FIGURES = {
     ),
     "usage": lambda title: plots.usage({"starved": monitor(), "fed": monitor()}, title, MACHINE),
     "usage of GPUs": lambda title: plots.usage(monitor([gpu(0), gpu(1)]), title, MACHINE),
+    "diagnosis": lambda title: plots.diagnosis(report(title, 20.0), MACHINE),
+    "diagnosis of a fast model": lambda title: plots.diagnosis(report(title, 123_456.0), MACHINE),
+    "race": lambda title: plots.race(
+        {f"{title[:60]} {row}": dict.fromkeys(CONTESTANTS, (0.987, 0.5, 1.2)) for row in range(3)},
+        MACHINE,
+    ),
 }
 
 
@@ -137,7 +108,7 @@ def test_no_text_is_cut_and_none_lies_on_another(draw, title):
     found = boxes(figure)
     assert not cut(figure, found)
     assert not overlapping(found)
-    assert title.split()[0] in figure.get_suptitle()
+    assert title.split()[0] in "".join(found)
 
 
 @pytest.mark.parametrize("draw", (plots.bars, plots.stacked, plots.grouped))
@@ -160,6 +131,75 @@ def test_the_check_finds_a_title_that_is_cut_and_texts_on_each_other():
     assert [tuple(w.split(" ", 1)[1] for w in pair) for pair in overlapping(found)] == [
         ("one", "other")
     ]
+
+
+# Titles as notebooks once had them, with what they stood over.
+OLD_TITLES = {
+    "nb01_epochs": (
+        "An epoch takes 2.97 s, 10 times what the model needs: it is busy 15% of it",
+        lambda title: plots.epochs(History({}, {}, history().epochs[:4]), title, 0.308),
+    ),
+    "nb02_free": (
+        "Free generator: 1.04 times the steps of feed_dict; slow one: 4.0 times",
+        lambda title: plots.bars(
+            {"feed_dict": 346, "queue, 1 thread": 365, "compute-only": 381}, title, "", 381
+        ),
+    ),
+    "nb02_mixing": (
+        "min_after_dequeue = 1000 spreads a batch 5.7% as wide as a full shuffle, 4000 21%",
+        lambda title: plots.series({"samples held / ideal": ([32, 4000], [0.4, 21])}, title, "%"),
+    ),
+    "nb03_validation": (
+        '"Validation" of 100% is 88% on digits that the model has not seen',
+        lambda title: plots.bars({"training samples": 1, "the test set": 0.875}, title, "accuracy"),
+    ),
+    "nb04_losses": (
+        "Python-bound producers make the step itself 1.4 times as long; its waiting is 2%",
+        lambda title: plots.stacked(
+            {case: {"computing, alone": 6.1} for case in ("starved", "fed", "slow loop", "Python")},
+            title, "ms per step", 6.11,
+        ),
+    ),
+    "nb06_until_told": (
+        "From the fault to the message: 1.6 s at most."
+        " The twenty lines were silent in 3 of 4 cases",
+        lambda title: plots.bars({"raises": 0.03, "dies": 0.01, "stalls": 1.56}, title, "s", 3.0),
+    ),
+}  # fmt: skip
+
+
+def test_the_check_refuses_six_titles_as_they_were_once_drawn(monkeypatch):
+    def unwrapped(figure, title, machine):
+        if title.startswith("An epoch"):
+            figure.suptitle(title)
+        else:
+            figure.axes[0].set_title(title)
+        return figure
+
+    for title, draw in OLD_TITLES.values():
+        refuse(draw(title), "as it is now")
+    monkeypatch.setattr(plots, "_with_texts", unwrapped)
+    for name, (title, draw) in OLD_TITLES.items():
+        with pytest.raises(ValueError, match=rf"^{name}: the canvas cuts \['\d+ .{{9}}") as refused:
+            refuse(draw(title), name)
+        assert title[-20:] in str(refused.value)
+
+
+@pytest.mark.parametrize("fault", ["cut", "overlapping"])
+def test_in_a_notebook_a_figure_with_a_fault_is_refused(fault, monkeypatch):
+    for name in ("keep", "diagnosis", "law"):
+        monkeypatch.setattr(plots, name, getattr(plots, name))  # undone at the end
+    figure_texts.watch()
+    figure_texts.watch()  # ahead of each cell, but once is enough
+    figure = plots.bars({"one": 2.0}, "Short", "steps per second")
+    plots.keep(figure, "fine", {})
+    figure.text(*{"cut": (0.9, 0.5), "overlapping": (0.5, 0.5)}[fault], "a text of some length")
+    figure.text(0.5, 0.51, "another")
+    with pytest.raises(ValueError, match={"cut": "cuts", "overlapping": "on each other"}[fault]):
+        plots.keep(figure, "nb00_wrong", {})
+    report_with_a_long_name = report(LONG.replace(" ", "_"), 20.0)
+    with pytest.raises(ValueError, match="diagnosis: the canvas cuts"):
+        plots.diagnosis(report_with_a_long_name)
 
 
 def test_the_cheat_sheet_is_whole_and_black_and_white():

@@ -7,7 +7,7 @@ import pytest
 
 from labkit.instruments.laws import Demands, bounds
 from labkit.instruments.slider import Law
-from tests.test_plots import boxes, cut, overlapping
+from tests.figure_texts import boxes, cut, overlapping
 
 DEMANDS = Demands(wall=0.04, cpu=0.01, lock=0.002, step=0.005, step_cpu=0.004, cores=1)
 
