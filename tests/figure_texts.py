@@ -83,18 +83,18 @@ def watch(*_: Any) -> None:
     if plots is None or hasattr(plots.keep, "__wrapped__"):
         return
 
-    def checked(function: Any, figure_of: Any) -> Any:
+    def checked(function: Any, seen: Any) -> Any:
         @functools.wraps(function)
         def call(*given: Any, **named: Any) -> Any:
             result = function(*given, **named)
-            refuse(figure_of(given, result), function.__name__)
+            refuse(*seen(given, result))
             return result
 
         return call
 
-    plots.keep = checked(plots.keep, lambda given, _: given[0])
-    for name in ("diagnosis", "law"):
-        setattr(plots, name, checked(getattr(plots, name), lambda _, result: result))
+    plots.keep = checked(plots.keep, lambda given, _: given[:2])
+    plots.diagnosis = checked(plots.diagnosis, lambda _, result: (result, "diagnosis"))
+    plots.law = checked(plots.law, lambda _, result: (result, "law"))
 
 
 def in_kernels(folder: Path) -> Path:

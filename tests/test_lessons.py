@@ -2,6 +2,7 @@
 way from the web to a notebook that runs."""
 
 import importlib.util
+import json
 import re
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import nbformat
 import pytest
 
 from tests import address as addresses
+from tests import sections
 
 ROOT = Path(__file__).resolve().parents[1]
 LESSONS = sorted((ROOT / "notebooks").glob("[0-9]*.ipynb"))
@@ -66,6 +68,30 @@ def test_the_first_cell_says_what_it_takes_and_where_to_go_on(path):
     for other in LESSONS[max(0, place - 1) : place] + LESSONS[place + 1 : place + 2]:
         assert f"]({other.name})" in first
     assert f"](ja/{path.stem[:2]}.md)" in first and "](README.md)" in first
+
+
+def test_every_figure_that_a_notebook_draws_is_kept_and_so_checked():
+    for path in NOTEBOOKS:
+        for cell in read(path).cells:
+            drawn = len(re.findall(r"\bplots\.(?!keep\b)[a-z]+\(", cell.source))
+            if cell.cell_type == "code":
+                assert drawn == cell.source.count("plots.keep(figure, "), cell.source
+                assert not re.search(r"\bFigure\(|\bsubplots\(|pyplot", cell.source)
+
+
+def test_a_notebooks_minutes_and_seconds_are_told_by_section():
+    book = nbformat.v4.new_notebook()
+    code, text = nbformat.v4.new_code_cell, nbformat.v4.new_markdown_cell
+    book.cells = [code(), text("# Title\none two"), text("more"), code(), text("## B\nx"), code()]
+    assert sections.sections(book) == {"Title": (5, [3]), "B": (3, [5])}
+    page = (ROOT / "notebooks" / "README.md").read_text()
+    kept = json.loads(sections.RESULT.read_text()) if sections.RESULT.exists() else {}
+    made_again = sections.written(page, sections.table(kept))
+    assert page == made_again, "python -m tests.sections"
+    path = LESSONS[0]
+    names = list(sections.sections(read(path)))
+    rows = sections.table({path.stem: {"seconds": dict.fromkeys(names, 12.3)}})
+    assert re.search(r"Whole epochs \(\d+ min, 12 s\)", rows) and rows.count(" s)") < len(names)
 
 
 def test_without_ray_the_committed_run_is_shown(monkeypatch, capsys):

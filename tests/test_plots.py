@@ -185,17 +185,17 @@ def test_the_check_refuses_six_titles_as_they_were_once_drawn(monkeypatch):
         assert title[-20:] in str(refused.value)
 
 
-@pytest.mark.parametrize("fault", ["cut", "overlapping"])
-def test_in_a_notebook_a_figure_with_a_fault_is_refused(fault, monkeypatch):
+@pytest.mark.parametrize(("x", "said"), [(0.9, "cuts"), (0.5, "on each other")])
+def test_in_a_notebook_a_figure_with_a_fault_is_refused(x, said, monkeypatch):
     for name in ("keep", "diagnosis", "law"):
         monkeypatch.setattr(plots, name, getattr(plots, name))  # undone at the end
     figure_texts.watch()
     figure_texts.watch()  # ahead of each cell, but once is enough
     figure = plots.bars({"one": 2.0}, "Short", "steps per second")
     plots.keep(figure, "fine", {})
-    figure.text(*{"cut": (0.9, 0.5), "overlapping": (0.5, 0.5)}[fault], "a text of some length")
+    figure.text(x, 0.5, "a text of some length")
     figure.text(0.5, 0.51, "another")
-    with pytest.raises(ValueError, match={"cut": "cuts", "overlapping": "on each other"}[fault]):
+    with pytest.raises(ValueError, match=f"nb00_wrong: .*{said}"):
         plots.keep(figure, "nb00_wrong", {})
     report_with_a_long_name = report(LONG.replace(" ", "_"), 20.0)
     with pytest.raises(ValueError, match="diagnosis: the canvas cuts"):
