@@ -217,6 +217,20 @@ def test_the_picture_has_a_panel_for_what_there_is_and_nothing_is_cut(sight, tit
         assert not cut(figure, found) and not overlapping(found)
 
 
+@pytest.mark.parametrize(
+    ("seconds", "label"),
+    [(21.5, "21.5 s"), (999.4, "999 s"), (1234.5, "20.6 min"), (86_400, "24 h")],
+)
+def test_the_time_of_a_long_run_has_room(seconds, label):
+    picture, sight = Picture(), seen_sight(1)
+    sight.usage.seconds = list(np.linspace(0, seconds, len(sight.usage.cpu)))
+    picture.png(sight, sight.text(), ended=True)
+    found = boxes(picture.figure)
+    ends = [box for words, box in found.items() if words.split(" ", 1)[1] == label]
+    assert len(ends) == 5 and max(box.x1 for box in ends) < picture.figure.bbox.width - 10
+    assert not cut(picture.figure, found) and not overlapping(found)
+
+
 def heights(figure, title):
     """Where the lines of a panel are, by the labels beside it: from 0, the lowest, to 1."""
     (head,) = [text for text in figure.texts if text.get_text() == title]

@@ -87,8 +87,9 @@ def _frame(figure: Figure, panel: _Panel, x: int, end: float) -> None:
     for tick in panel.ticks:
         y = _height(panel, tick)
         _write(figure, left - 5, y, f"{tick:g}", ha="right", va="center", fontsize=8)
-    for place, label in ((left, "0"), (right, f"{end:.3g} s")):
-        _write(figure, place, _BOTTOM - 6, label, ha="center", va="top", fontsize=8)
+    _write(figure, left, _BOTTOM - 6, "0", ha="center", va="top", fontsize=8)
+    # Centred, it would pass the edge of the last panel.
+    _write(figure, right, _BOTTOM - 6, _span(end), ha="right", va="top", fontsize=8)
     for limit, style in zip(panel.limits, (":", "--"), strict=False):
         y = _height(panel, limit)
         _line(figure, [left, right], [y, y], color=BOUND, linestyle=style, linewidth=1)
@@ -146,6 +147,12 @@ def _rounded_up(value: float) -> float:
     """To the next of 1, 2, 3, 5 and 10, times a power of ten."""
     unit = 10.0 ** math.floor(math.log10(value))
     return next(step * unit for step in (1, 2, 3, 5, 10) if step * unit >= value * (1 - 1e-9))
+
+
+def _span(seconds: float) -> str:
+    if seconds < 999.5:
+        return f"{seconds:.3g} s"
+    return f"{seconds / 60:.3g} min" if seconds < 7200 else f"{seconds / 3600:.3g} h"
 
 
 def _thinned(seconds: Sequence[float], samples: Sequence[float]) -> np.ndarray:
