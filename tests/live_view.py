@@ -4,7 +4,8 @@
 
 In a kernel of its own, as in JupyterLab: a small Keras model, and four threads that wait 20 ms a
 batch, but 150 ms in the middle third of the run, as if a file server were slow for a while. The
-last picture that the kernel sends is kept as it is; beside it, what it was drawn from.
+last picture that the kernel sends is kept as it is; beside it, what it was drawn from. A view that
+goes on after its fit is refused; what the kernel did meanwhile is on the terminal.
 """
 
 import argparse
@@ -18,7 +19,10 @@ from jupyter_client.manager import start_new_kernel
 
 from tests.benchmarks.common import FIGURES
 
+_LATER = 2.0  # seconds that a fit may take to end
 _PREPARE = """
+import faulthandler
+import sys
 import time
 import labkit
 from labkit.data import MnistDataGenerator
@@ -48,13 +52,16 @@ class Until(tf.keras.callbacks.Callback):
         began = time.monotonic()
 
     def on_train_batch_end(self, step, logs=None):
-        self.model.stop_training = time.monotonic() - began > SECONDS
+        if time.monotonic() - began > SECONDS:
+            self.model.stop_training = True
+            faulthandler.dump_traceback_later(LATER, file=sys.__stderr__)
 """
 _FIT = """
 with labkit.QueueRunner(data.train_iterator, 32, 4) as runner:
     watch = labkit.watch(live=True)
     model.fit(runner.dataset(), steps_per_epoch=10**6, verbose=0, shuffle=False,
               callbacks=[watch, Until()])
+    faulthandler.cancel_dump_traceback_later()
 """
 _SEEN = """
 import json, math
@@ -97,7 +104,8 @@ def main() -> None:
     manager, client = start_new_kernel(kernel_name="python3", env=environment)
     shown = Shown()
     try:
-        for source in (f"SECONDS = {given.seconds}\n{_PREPARE}", _FIT, _SEEN):
+        numbers = f"SECONDS, LATER = {given.seconds}, {_LATER}\n"
+        for source in (numbers + _PREPARE, _FIT, _SEEN):
             reply = client.execute_interactive(source, output_hook=shown.keep, timeout=300)
             if reply["content"]["status"] != "ok":
                 raise RuntimeError("\n".join(reply["content"]["traceback"]))
@@ -106,6 +114,8 @@ def main() -> None:
         manager.shutdown_kernel(now=True)
     command = f"python -m tests.live_view --seconds {given.seconds:g}"
     kept = {"command": command, **json.loads(ast.literal_eval(shown.value))}
+    if (late := kept["seconds"][-1] - given.seconds) > _LATER:
+        raise RuntimeError(f"the view went on for {late:.1f} s after its fit was told to stop")
     (FIGURES / "live_view.png").write_bytes(shown.picture)
     (FIGURES / "live_view.json").write_text(json.dumps(kept, indent=1) + "\n")
     print(f"written: figures/live_view.png, the last of {shown.pictures} pictures")

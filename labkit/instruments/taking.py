@@ -84,12 +84,20 @@ class Taker:
         if not self.one_device or (self._seen > _AT_ONCE and self._seen % _READY_EVERY):
             return
         if self._ready is None:
-            self._ready = iter(tf.data.Dataset.from_tensors(batch).repeat())
+            self._ready = iter(untuned(tf.data.Dataset.from_tensors(batch).repeat()))
             next(self._ready)
         began = time.perf_counter()
         next(self._ready)
         self._ready_seconds += time.perf_counter() - began
         self._ready_takes += 1
+
+
+def untuned(dataset: tf.data.Dataset) -> tf.data.Dataset:
+    """The dataset without autotuning. TensorFlow's thread for that may miss that its iterator ends;
+    whoever drops the iterator then waits, for up to as long as there has been one."""
+    options = tf.data.Options()
+    options.autotune.enabled = False
+    return dataset.with_options(options)
 
 
 def _until_at_rest() -> None:
@@ -116,5 +124,5 @@ def _iterator(batches: list[Any], spec: Any) -> Any:
         )
     except (TypeError, ValueError, tf.errors.InvalidArgumentError):  # shapes differ
         made = functools.reduce(data.concatenate, map(data.from_tensors, batches))
-    as_variant = tf.data.experimental.to_variant(made)
+    as_variant = tf.data.experimental.to_variant(untuned(made))
     return iter(tf.data.experimental.from_variant(as_variant, spec))
