@@ -3,6 +3,7 @@
 import base64
 import sys
 
+import numpy as np
 import pytest
 
 from labkit.instruments.laws import Demands, bounds
@@ -22,6 +23,12 @@ def test_the_sliders_begin_at_what_was_measured_and_move_the_bound():
     least = min(bounds(4, DEMANDS).values())
     title = f"4 workers: at most {least:.3g} steps/s, set by the cores"
     assert law.figure().get_suptitle() == title
+    (ax,) = law.figure().axes
+    told = [text.get_text() for text in ax.get_legend().get_texts()]
+    assert told == [
+        *(f"{name}: {rate:.3g}" for name, rate in bounds(4, DEMANDS).items() if rate < np.inf),
+        "the least of them",
+    ]
     before = picture.value
     sliders["cores"].value = 64
     assert picture.value != before

@@ -381,6 +381,7 @@ def law(
 
     Args:
         bounds_of: name to steps/s at each number of workers; infinite where there is no such bound.
+            The legend has those at n, since a line may lie far above the picture.
     """
     figure, ax = _figure()
     counts = np.arange(1, 1 + len(next(iter(bounds_of.values()))))
@@ -388,7 +389,8 @@ def law(
     for (name, rates), style in zip(bounds_of.items(), ("-.", ":", "--", (0, (1, 3)), (0, (5, 5))),
                                     strict=False):  # fmt: skip
         if np.isfinite(rates).any():
-            ax.plot(counts, rates, color="0.5", linestyle=style, linewidth=1, label=name)
+            label = f"{name}: {rates[n - 1]:.3g}"
+            ax.plot(counts, rates, color="0.5", linestyle=style, linewidth=1, label=label)
     ax.plot(counts, least, color=COMPUTE, linewidth=3, label="the least of them")
     ax.plot(n, least[n - 1], "o", color="#D55E00", markersize=10)
     ax.set(xlabel="workers", ylabel="steps per second", ylim=(0, 1.3 * least.max()))
