@@ -19,14 +19,17 @@ BOXES = {
     "watch": ("model.fit(..., callbacks=[labkit.watch()])\nHow much is waiting?", 3, 0, 6),
     "none": (f"under {MODERATE:.0%}\nThe model is the limit.\nLeave the input alone.", 0, 1, 4),
     "some": (
-        f"{MODERATE:.0%} to {HIGH:.0%}, or more\nlabkit.diagnose(factory, model)\n"
+        f"{MODERATE:.0%} or more; over {HIGH:.0%}: highly input-bound\n"
+        "labkit.diagnose(factory, model)\n"
         "What does the generator do?",
         4.5, 1, 7.5,
     ),
     "waits": ("It waits:\ndisk, network.\nMany threads", 0, 2, 2.8),
-    "outside": ("It computes\noutside the lock.\nAs many threads as cores", 3.05, 2, 2.8),
+    "outside": ("It computes without\nholding the lock.\nAs many threads as cores", 3.05, 2, 2.8),
     "holds": ("It holds Python's\nlock (GIL).\nProcesses", 6.1, 2, 2.8),
-    "turns": ("It makes workers\ntake turns.\nShare less", 9.15, 2, 2.85),
+    "turns": (
+        "Workers wait for each\nother: one file, one lock.\nGive each its own", 9.15, 2, 2.85,
+    ),
     "stage": (
         'Cores full, and still input-bound: with labkit.stage("decode"): ...  '
         "Make the slowest part cheaper.",
@@ -51,9 +54,12 @@ TABLES = {
     "What you see, and what it is": [
         ("queue stays at min_after_dequeue", "the input is slower: more workers, less work"),
         ("queue stays at capacity", "the model is slower: the input is fast enough"),
-        ("no waiting, but slow steps", "producers hold the lock: processes; or the cores: fewer"),
+        ("slow steps, no waiting, cores free", "workers hold Python's lock: processes"),
+        ("slow steps, no waiting, cores full", "fewer workers, or a cheaper generator"),
         ("low GPU use", "a symptom: compare with compute-only before anything else"),
-        ("training stands still", "WorkerError says which worker, and where; timeout= for stalls"),
+        ("training stands still", "WorkerError names the worker; timeout= for stalls"),
+        ("limit: moving the bytes", "smaller types (uint8), made floats in the model"),
+        ("limit: memory", "fewer processes, or threads; files read in parts"),
         ("two runs differ", "order=\"fixed\", seed=; draw from the factory's rng or seed"),
         ("odd accuracy", "labkit.audit(factory, samples=...): repeated, missed, alike?"),
     ],
@@ -97,7 +103,7 @@ def page() -> Figure:
         va="top",
     )
     tree(figure)
-    at = 0.615
+    at = 0.637
     for title, rows in TABLES.items():
         figure.text(LEFT, at, title, fontsize=SIZE + 2.5, weight="bold", va="top")
         at -= 0.027
@@ -108,7 +114,7 @@ def page() -> Figure:
             )
             figure.text(0.46, at, right, fontsize=SIZE, va="top")
             at -= 0.0205
-        at -= 0.022
+        at -= 0.019
     note = (
         "Thresholds as in TensorFlow's profiler. Bounds: operational laws, P. J. Denning and "
         "J. P. Buzen, 1978. Always compare with compute-only."

@@ -36,6 +36,7 @@ def boxes(figure: Any) -> dict[str, Any]:
     shown = {
         label
         for axis in axes
+        if axis.axes.axison
         for tick in axis._update_ticks()
         for label in (tick.label1, tick.label2)
     }

@@ -206,6 +206,7 @@ def test_the_cheat_sheet_is_whole_and_black_and_white():
     page = cheat_sheet.page()
     found = boxes(page)
     assert not cut(page, found) and not overlapping(found)
+    assert max(box.x1 for box in found.values()) <= cheat_sheet.RIGHT * page.bbox.width
     canvas = FigureCanvasAgg(page)
     canvas.draw()
     red, green, blue, _ = np.moveaxis(np.asarray(canvas.buffer_rgba()).astype(int), -1, 0)
