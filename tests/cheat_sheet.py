@@ -56,7 +56,7 @@ TABLES = {
         ("queue stays at capacity", "the model is slower: the input is fast enough"),
         ("slow steps, no waiting, cores free", "workers hold Python's lock: processes"),
         ("slow steps, no waiting, cores full", "fewer workers, or a cheaper generator"),
-        ("low GPU use", "a symptom: compare with compute-only before anything else"),
+        ("low GPU use", "a symptom: compare with compute-only first"),
         ("training stands still", "WorkerError names the worker; timeout= for stalls"),
         ("limit: moving the bytes", "smaller types (uint8), made floats in the model"),
         ("limit: memory", "fewer processes, or threads; files read in parts"),
