@@ -24,6 +24,11 @@ def _median(values: list[float]) -> float:
     return float(statistics.median(values))
 
 
+def _falling(pair: tuple[str, tuple[float, float, float]]) -> float:
+    middle = pair[1][0]
+    return -middle if middle == middle else 1.0  # no round shared with the first: NaN, at the end
+
+
 class Results:
     """The results of `labkit.race`.
 
@@ -202,5 +207,6 @@ class Results:
         for place in self.data["rows"]:
             ranked = self.ranked(place)
             if ranked:
-                shares[place] = {n: self.ratio(place, n, ranked[0]) for n in ranked}
+                ratios = {n: self.ratio(place, n, ranked[0]) for n in ranked}
+                shares[place] = dict(sorted(ratios.items(), key=_falling))
         return plots.race(shares, self.data["machine"])
