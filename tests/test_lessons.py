@@ -201,6 +201,8 @@ def test_the_install_cell_installs_where_labkit_is_missing_and_else_does_nothing
 def test_each_notebook_installs_what_it_needs():
     for path in NOTEBOOKS:
         book = addresses.addressed(read(path), path.name, MADE_UP)
-        needs_ray = any("cluster.local_nodes" in c.source for c in book.cells if c.cell_type == "code")
+        needs_ray = any(
+            "cluster.local_nodes" in c.source for c in book.cells if c.cell_type == "code"
+        )
         assert ("labkit[ray] @" in book.cells[1].source) == needs_ray, path.name
     assert (ROOT / "notebooks" / next(iter(addresses.EXTRA))).exists()
