@@ -66,12 +66,10 @@ class Audit:
         of = "" if self.expected is None else f" of {self.expected:,} expected"
         give = "samples=" if self.expected is None else "tag="
         missed = f"unknown (give {give})" if self.missed is None else f"{self.missed:,}"
-        mixing = "how well batches are mixed is not known"
-        if self.mixing is not None:
-            mixing = f"batches mixed to {self.mixing:.2f} of a perfect mix"
+        mixing = "unknown" if self.mixing is None else f"{self.mixing:.2f} of a perfect mix"
         return (
             f"{self.delivered:,} samples delivered{of}: {self.repeated:,} repeated, "
-            f"{missed} missed; {mixing}.\n{self.verdict}"
+            f"{missed} missed; mixing: {mixing}.\n{self.verdict}"
         )
 
     _repr_html_ = paragraphs

@@ -1,6 +1,7 @@
 """What a race found: kept as JSON, shown as tables."""
 
 import json
+import math
 import statistics
 from datetime import datetime
 from pathlib import Path
@@ -22,11 +23,6 @@ _HEAD = (
 
 def _median(values: list[float]) -> float:
     return float(statistics.median(values))
-
-
-def _falling(pair: tuple[str, tuple[float, float, float]]) -> float:
-    middle = pair[1][0]
-    return -middle if middle == middle else 1.0  # no round shared with the first: NaN, at the end
 
 
 class Results:
@@ -208,5 +204,7 @@ class Results:
             ranked = self.ranked(place)
             if ranked:
                 ratios = {n: self.ratio(place, n, ranked[0]) for n in ranked}
-                shares[place] = dict(sorted(ratios.items(), key=_falling))
+                # By what is drawn; NaN, of no round that both have run, at the end.
+                order = sorted(ratios, key=lambda n: (math.isnan(ratios[n][0]), -ratios[n][0]))
+                shares[place] = {n: ratios[n] for n in order}
         return plots.race(shares, self.data["machine"])
