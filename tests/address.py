@@ -29,7 +29,8 @@ if find_spec("labkit") is None:  # on Colab, say
         raise ImportError("labkit is not installed, and this copy does not know from where. "
                           "In a terminal: pip install -e 'path/to/clone[lab]'; then restart.")
     pip = [sys.executable, "-m", "pip", "install", "--quiet"]
-    subprocess.run([*pip, f"labkit @ git+{{REPOSITORY}}"], check=True)"""
+    subprocess.run([*pip, f"labkit{extra} @ git+{{REPOSITORY}}"], check=True)"""
+EXTRA = {"09_beyond_one_machine.ipynb": "[ray]"}  # what a notebook needs besides
 
 
 def address() -> str:
@@ -58,7 +59,7 @@ def addressed(book: nbformat.NotebookNode, name: str, address: str) -> nbformat.
         cell = nbformat.v4.new_code_cell()
         cell.id = f"{first.id.partition('-')[0]}-install"
     cell.metadata = nbformat.from_dict({"jupyter": {"source_hidden": True}, "tags": ["install"]})
-    cell.source = INSTALL.format(address=address)
+    cell.source = INSTALL.format(address=address, extra=EXTRA.get(name, ""))
     book.cells = [first, cell, *rest]
     return book
 

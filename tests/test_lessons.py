@@ -57,6 +57,8 @@ def test_what_gives_an_answer_away_is_folded_and_nothing_else():
                 assert folded == {"source_hidden": True}
             else:
                 assert not folded
+                # Its output has the right answer, and the figure below it may.
+                assert "labkit.check(" not in cell.source, f"{path.name}: {cell.source[:60]}"
 
 
 @pytest.mark.parametrize("path", LESSONS, ids=lambda path: path.stem)
@@ -177,9 +179,9 @@ def test_the_install_cell_installs_where_labkit_is_missing_and_else_does_nothing
     calls = []
     monkeypatch.setattr(subprocess, "run", lambda *given, **named: calls.append((given, named)))
 
-    def run(address):
+    def run(address, extra=""):
         space = {}
-        exec(addresses.INSTALL.format(address=address), space)
+        exec(addresses.INSTALL.format(address=address, extra=extra), space)
         return space
 
     for address in ("", MADE_UP):
@@ -188,8 +190,19 @@ def test_the_install_cell_installs_where_labkit_is_missing_and_else_does_nothing
     with pytest.raises(ImportError, match=r"labkit is not installed.*pip install -e"):
         run("")
     assert not calls
-    run(MADE_UP)
-    ((command,), named) = calls.pop()
-    wanted = f"labkit @ git+{MADE_UP}"
-    assert command == [sys.executable, "-m", "pip", "install", "--quiet", wanted]
-    assert named == {"check": True} and not calls
+    for extra in ("", "[ray]"):
+        run(MADE_UP, extra)
+        ((command,), named) = calls.pop()
+        wanted = f"labkit{extra} @ git+{MADE_UP}"
+        assert command == [sys.executable, "-m", "pip", "install", "--quiet", wanted]
+        assert named == {"check": True} and not calls
+
+
+def test_each_notebook_installs_what_it_needs():
+    for path in NOTEBOOKS:
+        book = addresses.addressed(read(path), path.name, MADE_UP)
+        needs_ray = any(
+            "cluster.local_nodes" in c.source for c in book.cells if c.cell_type == "code"
+        )
+        assert ("labkit[ray] @" in book.cells[1].source) == needs_ray, path.name
+    assert (ROOT / "notebooks" / next(iter(addresses.EXTRA))).exists()

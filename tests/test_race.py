@@ -140,6 +140,21 @@ def test_ratios_are_paired_by_round_and_a_difference_within_them_is_a_tie(tmp_pa
         Results.load(tmp_path / "other.json")
 
 
+def test_a_races_bars_fall_though_the_medians_of_rates_have_another_order():
+    results, place = made(), "a, 2 workers"
+    uneven = {"tf.data map, own pool": (100, 50, 200), "labkit auto": (90, 40, 100),
+              "labkit threads": (85, 60, 190), "serial loop": (1, 1, 1)}  # fmt: skip
+    for name, rates in uneven.items():
+        for run, rate in zip(results.data["rows"][place]["rounds"][name], rates, strict=True):
+            run["steps_per_second"] = rate
+    results.data["rows"][place]["rounds"]["serial loop"] = [{"round": 9, "steps_per_second": 1}]
+    first, *others = results.ranked(place)
+    assert others[:2] == ["labkit auto", "labkit threads"]
+    (axes,) = results.plot().axes  # the serial loop shares no round with the first
+    labels = [label.get_text() for label in axes.get_yticklabels()]
+    assert labels == [first, "labkit threads", "labkit auto", "serial loop"]
+
+
 ENDED = """
 import labkit, time
 def slow():

@@ -69,7 +69,7 @@ class Audit:
         mixing = "unknown" if self.mixing is None else f"{self.mixing:.2f} of a perfect mix"
         return (
             f"{self.delivered:,} samples delivered{of}: {self.repeated:,} repeated, "
-            f"{missed} missed; batches mixed to {mixing}.\n{self.verdict}"
+            f"{missed} missed; mixing: {mixing}.\n{self.verdict}"
         )
 
     _repr_html_ = paragraphs

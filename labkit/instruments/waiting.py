@@ -117,9 +117,7 @@ def verdict(share: float, next_step: str) -> str:
     return f"{degree} input-bound ({share:.0%} waiting, {limits}). Next: {next_step}"
 
 
-NEXT_STEP = (
-    "labkit.diagnose(factory, model) tells how many workers, threads or processes, would cure it"
-)
+NEXT_STEP = "labkit.diagnose(factory, model) tells the cure"
 
 
 def total(epochs: Iterable[Waiting]) -> Waiting:

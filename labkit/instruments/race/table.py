@@ -1,6 +1,7 @@
 """What a race found: kept as JSON, shown as tables."""
 
 import json
+import math
 import statistics
 from datetime import datetime
 from pathlib import Path
@@ -202,5 +203,8 @@ class Results:
         for place in self.data["rows"]:
             ranked = self.ranked(place)
             if ranked:
-                shares[place] = {n: self.ratio(place, n, ranked[0]) for n in ranked}
+                ratios = {n: self.ratio(place, n, ranked[0]) for n in ranked}
+                # By what is drawn; NaN, of no round that both have run, at the end.
+                order = sorted(ratios, key=lambda n: (math.isnan(ratios[n][0]), -ratios[n][0]))
+                shares[place] = {n: ratios[n] for n in order}
         return plots.race(shares, self.data["machine"])
