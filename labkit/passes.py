@@ -12,6 +12,8 @@ from labkit.engine.messages import WorkerError
 from labkit.engine.tf_queue import EagerQueue, Shape, counted, dequeue, shaped
 from labkit.quiet import tf
 
+_AHEAD = 2  # batches, as many as tf.data itself would take
+
 
 def dataset_of_passes(
     shape: Shape,
@@ -61,11 +63,14 @@ def dataset_of_passes(
 
     with _debug_mode_off():
         dataset = tf.data.Dataset.range(1).flat_map(plain(one_pass))
-    if not shape.mixes:
-        # It would take two batches ahead, which nobody could tell from those that were used.
-        options = tf.data.Options()
-        options.experimental_optimization.inject_prefetch = False
-        dataset = dataset.with_options(options)
+    if shape.mixes:
+        dataset = dataset.prefetch(_AHEAD)
+    options = tf.data.Options()
+    # Whoever drops an iterator waits for the thread that tunes it, for seconds every other time.
+    options.autotune.enabled = False
+    # Batches in order are not taken ahead: nobody could tell those from what was used.
+    options.experimental_optimization.inject_prefetch = False
+    dataset = dataset.with_options(options)
     of_any_length = dataset
     if batches is not None:
         dataset = dataset.apply(tf.data.experimental.assert_cardinality(batches))

@@ -108,6 +108,14 @@ def test_repeat_makes_one_pass_after_the_other(workers):
 
 
 @pytest.mark.parametrize("shuffle", [False, True])
+def test_nobody_who_drops_an_iterator_waits_for_the_tuning_of_it(shuffle):
+    """By TensorFlow's tuning each second one that is three seconds old takes two more to end."""
+    with QueueRunner(batches_of(9), 8, 1, shuffle=shuffle) as runner:
+        options = runner.dataset().map(lambda *batch: batch).options()
+    assert options.autotune.enabled is False
+
+
+@pytest.mark.parametrize("shuffle", [False, True])
 def test_an_iterator_goes_on_in_a_function_and_back_in_python(shuffle):
     options = SMALL if shuffle else {"capacity": 64, "shuffle": False, "order": "fixed"}
     with QueueRunner(batches_of(40), 8, 1, seed=0, **options) as runner:

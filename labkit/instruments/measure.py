@@ -22,6 +22,7 @@ from labkit.engine.pool import Job, delivered
 from labkit.engine.produce import IteratorFactory
 from labkit.engine.stage import Times
 from labkit.instruments.stages import Stage, stages_of
+from labkit.instruments.taking import untuned
 from labkit.machine import usable_cores
 from labkit.queue_runner import QueueRunner
 from labkit.quiet import tf
@@ -50,7 +51,7 @@ def first_batch(iterator: Iterators) -> tuple[Any, Spec]:
 def repeat(batch: Any, spec: Spec, size: int) -> tf.data.Dataset:
     """The batch, cut or repeated to `size` rows, for ever."""
     arrays = [np.resize(array, (size, *array.shape[1:])) for array in spec.flatten(batch)]
-    return tf.data.Dataset.from_tensors(spec.pack(arrays)).repeat()
+    return untuned(tf.data.Dataset.from_tensors(spec.pack(arrays)).repeat())
 
 
 class Alone(NamedTuple):
