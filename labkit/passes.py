@@ -12,8 +12,6 @@ from labkit.engine.messages import WorkerError
 from labkit.engine.tf_queue import EagerQueue, Shape, counted, dequeue, shaped
 from labkit.quiet import tf
 
-_AHEAD = 2  # batches, as many as tf.data itself would take
-
 
 def dataset_of_passes(
     shape: Shape,
@@ -63,12 +61,11 @@ def dataset_of_passes(
 
     with _debug_mode_off():
         dataset = tf.data.Dataset.range(1).flat_map(plain(one_pass))
-    if shape.mixes:
-        dataset = dataset.prefetch(_AHEAD)
     options = tf.data.Options()
     # Whoever drops an iterator waits for the thread that tunes it, for seconds every other time.
     options.autotune.enabled = False
-    # Batches in order are not taken ahead: nobody could tell those from what was used.
+    # No batch is taken ahead: of an endless pass it would never come to a loop in Python, and of
+    # one in order nobody could tell it from those that were used.
     options.experimental_optimization.inject_prefetch = False
     dataset = dataset.with_options(options)
     of_any_length = dataset
@@ -116,7 +113,6 @@ def _kind_in_python(kind: Any) -> type:
         _most: int | None
         _queue: EagerQueue | None = None
         _begins = True
-        _last: Any = None
         _came = 0
 
         def __next__(self) -> Any:
@@ -132,18 +128,10 @@ def _kind_in_python(kind: Any) -> type:
         def _next(self) -> Any:
             if self._queue is not None and tf.executing_eagerly():
                 with contextlib.suppress(tf.errors.OpError):
-                    batch, is_last = self._queue.take()
-                    if not is_last:
-                        return batch
-                    self._last = batch  # tf.data may have taken two ahead
+                    return self._queue.take()
                 self._queue = None
             before, begins, self._begins = self._opened.count, self._begins, False
-            try:
-                batch = super().__next__()
-            except StopIteration:
-                if self._last is None:
-                    raise
-                batch, self._last = self._last, None
+            batch = super().__next__()
             # If others have begun as well, in other threads, it is not known whose is whose.
             if begins and self._opened.count == before + 1:
                 self._queue = self._opened.newest()

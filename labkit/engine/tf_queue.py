@@ -279,15 +279,13 @@ class EagerQueue(FilledQueue):
     def _drain_some(self) -> None:
         dequeue(self.handle, self._shape)
 
-    def take(self) -> tuple[Any, bool]:
-        """The next batch, in the batch's structure, and whether it is so short that none can follow
-        it. Raises OpError if the queue is closed."""
+    def take(self) -> Any:
+        """The next batch, in the batch's structure. Raises OpError if the queue is closed."""
         with tf.device("/CPU:0"):
             parts = dequeue(self.handle, self._shape)
         with self._counting:
             self._here += 1
-        short = self._shape.mixes and parts[0].shape[0] < self._shape.batch_size
-        return self._shape.spec.pack(iter(parts)), short
+        return self._shape.spec.pack(iter(parts))
 
     def taken(self) -> int:
         """Batches that came out, of a queue that does not mix."""
