@@ -62,12 +62,10 @@ def dataset_of_passes(
     with _debug_mode_off():
         dataset = tf.data.Dataset.range(1).flat_map(plain(one_pass))
     options = tf.data.Options()
-    # Whoever drops an iterator waits for the thread that tunes it, for seconds every other time.
-    options.autotune.enabled = False
     # No batch is taken ahead: of an endless pass it would never come to a loop in Python, and of
     # one in order nobody could tell it from those that were used.
     options.experimental_optimization.inject_prefetch = False
-    dataset = dataset.with_options(options)
+    dataset = untuned(dataset.with_options(options))
     of_any_length = dataset
     if batches is not None:
         dataset = dataset.apply(tf.data.experimental.assert_cardinality(batches))
@@ -83,6 +81,14 @@ def dataset_of_passes(
 
     dataset.__class__ = Passes
     return dataset
+
+
+def untuned(dataset: tf.data.Dataset) -> tf.data.Dataset:
+    """The dataset without autotuning. TensorFlow's thread for that may miss that its iterator ends;
+    whoever drops the iterator then waits, for up to as long as there has been one."""
+    options = tf.data.Options()
+    options.autotune.enabled = False
+    return dataset.with_options(options)
 
 
 class _Opened:

@@ -127,20 +127,19 @@ def taken_in(given: dict[str, Any]) -> dict[str, Any]:
     if isinstance(factory, BySample):
         factory = factory.ordered(seed, bool(given["shuffle"]))
     taken = {**given, "iterator": factory}
-    if not isinstance(factory, _Source):
-        return taken
     if isinstance(factory, BySample) and given["samples"] is None:
         taken["samples"] = len(factory.source) or None
-    if factory.whole and (given["n_workers"] == "auto" or is_integer(given["n_workers"], 2)):
+    instead = whole(factory)
+    if instead and (given["n_workers"] == "auto" or is_integer(given["n_workers"], 2)):
         taken["n_workers"] = 1
-        text = f"QueueRunner: n_workers={given['n_workers']!r} is taken for 1. {factory.whole}"
+        text = f"QueueRunner: n_workers={given['n_workers']!r} is taken for 1. {instead}"
         warnings.warn(text, RuntimeWarning, stacklevel=3)
     return taken
 
 
 def whole(factory: Any) -> str:
     """Of a source that only one worker can run, what would change that; "" for all else."""
-    return factory.whole if isinstance(factory, _Source) else ""
+    return factory._labkit_whole if isinstance(factory, _Source) else ""
 
 
 class _Source:
@@ -148,22 +147,22 @@ class _Source:
 
     Attributes:
         source: the user's object.
-        stays: why it cannot go to another process; "" if it can.
-        whole: what would let it be split; "" if it is.
+        _labkit_stays: why it cannot go to another process; "" if it can.
+        _labkit_whole: what would let it be split; "" if it is.
     """
 
-    whole = ""
+    _labkit_whole = ""
 
     def __init__(self, source: Any, stays: str = "") -> None:
-        self.source, self.stays = source, stays
+        self.source, self._labkit_stays = source, stays
 
     @property
     def _labkit_wraps(self) -> Any:
         return self.source  # which is what errors should speak of
 
     def __getstate__(self) -> dict[str, Any]:
-        if self.stays:
-            raise TypeError(self.stays)
+        if self._labkit_stays:
+            raise TypeError(self._labkit_stays)
         return self.__dict__
 
 
@@ -174,7 +173,7 @@ class Whole(_Source):
 
     def __init__(self, source: Any, stays: str, whole: str) -> None:
         super().__init__(source, stays)
-        self.whole = whole
+        self._labkit_whole = whole
 
     def __call__(self, worker: int, n_workers: int, epoch: int, start: int = 0) -> Iterator[Any]:
         if worker:

@@ -59,7 +59,7 @@ LAW = [
     ({"instruments.history", "instruments.laws", "instruments.waiting"}, set()),
     ({"instruments.keep", "instruments.tap"}, set()),
     ({"instruments.progress"}, {"instruments.history", "quiet"}),
-    ({"instruments"}, {"instruments", "lesson", "sources", "engine", *COMMON}),
+    ({"instruments"}, {"instruments", "lesson", "passes", "sources", "engine", *COMMON}),
 ]  # fmt: skip
 # Packages that are not Python's own, where the law says which.
 ONLY = [

@@ -16,6 +16,7 @@ import pytest
 import labkit
 from labkit import QueueRunner, WorkerError, from_files
 from labkit.engine import KINDS
+from labkit.engine.trial import chosen_kind
 from labkit.instruments import laws
 from labkit.quiet import tf
 from labkit.sources import as_factory
@@ -548,3 +549,18 @@ def test_diagnose_takes_data_sets_and_says_what_would_make_one_splittable(monkey
 def test_audit_takes_data_sets(source):
     audit = labkit.audit(source, samples=20, batch_size=8, n_workers=3)
     assert (audit.delivered, audit.repeated, audit.missed) == (20, 0, 0)
+
+
+class Booked:
+    """A factory of the user's, with names of its own."""
+
+    stays, whole = 3, "house"
+
+    def __call__(self):
+        return iter([(np.zeros(4),)] * 3)
+
+
+def test_what_a_factory_of_the_users_calls_its_own_means_nothing_to_labkit():
+    for workers in KINDS:
+        QueueRunner(Booked(), 4, 1, workers)
+    assert chosen_kind(Booked()).why not in ("3", "house")

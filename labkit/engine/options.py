@@ -99,7 +99,7 @@ class Options:
         in_time = timeout is None or (isinstance(timeout, (int, float)) and timeout > 0)
         check("timeout", in_time, "None or seconds > 0")
         factory = IteratorFactory(self.iterator, 1)
-        stays = getattr(self.iterator, "stays", "")
+        stays = getattr(self.iterator, "_labkit_stays", "")
         if stays and kind and kind.elsewhere:
             raise ValueError(
                 f"QueueRunner: workers={self.workers!r} needs a source that can go to another "

@@ -29,7 +29,8 @@ def chosen_kind(iterator: Callable[..., Any], copies: bool = True) -> Choice:
     The cheapest kind it is where no other can be had, or nothing comes in time.
     """
     cheapest = next(iter(KINDS))
-    stays = getattr(iterator, "stays", "") or getattr(iterator, "whole", "")
+    told = (getattr(iterator, name, "") for name in ("_labkit_stays", "_labkit_whole"))
+    stays = next(filter(None, told), "")
     if stays:
         return Choice(cheapest, stays.split(". ")[0].rstrip("."))
     one = _rate(iterator, cheapest, 1, copies)

@@ -22,8 +22,8 @@ from labkit.engine.pool import Job, delivered
 from labkit.engine.produce import IteratorFactory
 from labkit.engine.stage import Times
 from labkit.instruments.stages import Stage, stages_of
-from labkit.instruments.taking import untuned
 from labkit.machine import usable_cores
+from labkit.passes import untuned
 from labkit.queue_runner import QueueRunner
 from labkit.quiet import tf
 from labkit.sources import whole

@@ -4,6 +4,7 @@ import functools
 import time
 from typing import Any
 
+from labkit.passes import untuned
 from labkit.quiet import tf
 
 _AT_ONCE, _READY_EVERY = 10, 15  # takes of one that is ready: 10 at the start, then one of 15
@@ -90,14 +91,6 @@ class Taker:
         next(self._ready)
         self._ready_seconds += time.perf_counter() - began
         self._ready_takes += 1
-
-
-def untuned(dataset: tf.data.Dataset) -> tf.data.Dataset:
-    """The dataset without autotuning. TensorFlow's thread for that may miss that its iterator ends;
-    whoever drops the iterator then waits, for up to as long as there has been one."""
-    options = tf.data.Options()
-    options.autotune.enabled = False
-    return dataset.with_options(options)
 
 
 def _until_at_rest() -> None:
