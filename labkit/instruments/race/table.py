@@ -25,6 +25,10 @@ def _median(values: list[float]) -> float:
     return float(statistics.median(values))
 
 
+def counted(n: int, what: str) -> str:
+    return f"{n} {what}{'s' * (n != 1)}"
+
+
 class Results:
     """The results of `labkit.race`.
 
@@ -184,7 +188,7 @@ class Results:
         state = "" if self.data["complete"] else " Not complete."
         head = (
             f"Race of {self.data['date']} on {machine['processor']}, {machine['cores']} cores, "
-            f"TensorFlow {machine['tensorflow']}; {self.data['rounds']} rounds of "
+            f"TensorFlow {machine['tensorflow']}; {counted(self.data['rounds'], 'round')} of "
             f"{self.data['seconds']:g} s, medians; memory: PSS of all processes, the most of three "
             f"looks.{state}\n"
         )

@@ -22,7 +22,7 @@ from labkit.engine.interrupts import held_back
 from labkit.instruments.race import group, lane
 from labkit.instruments.race.entry import CONTESTANTS, Contestant
 from labkit.instruments.race.lane import ALONE, CONSTANT, Task
-from labkit.instruments.race.table import Results
+from labkit.instruments.race.table import Results, counted
 from labkit.instruments.race.work import Own, Row
 from labkit.instruments.race.work import rows as all_rows
 from labkit.machine import usable_cores
@@ -58,7 +58,7 @@ class Heat(NamedTuple):
     @property
     def place(self) -> str:
         """The row and its number of workers, as the table has it."""
-        return f"{self.row.name}, {self.n} worker{'s' * (self.n > 1)}"
+        return f"{self.row.name}, {counted(self.n, 'worker')}"
 
     @property
     def places(self) -> list[str]:
@@ -228,16 +228,12 @@ def _announced(heats: list[Heat], results: Results, rounds: int, seconds: float)
     absent = sorted({r for row in results.data["rows"].values() for r in row["left_out"].values()})
     absent = [reason for reason in absent if reason.endswith("is not installed")]
     return (
-        f"labkit.race: {_counted(len(results.data['rows']), 'row')}, "
-        f"{_counted(len(names), 'contestant')}, {_counted(rounds, 'round')}: "
-        f"{_counted(rounds * len(heats), 'run')}, about "
+        f"labkit.race: {counted(len(results.data['rows']), 'row')}, "
+        f"{counted(len(names), 'contestant')}, {counted(rounds, 'round')}: "
+        f"{counted(rounds * len(heats), 'run')}, about "
         + (f"{took:.0f} s." if took < 120 else f"{took / 60:.0f} min.")
         + "".join(f"\nlabkit.race: not run: {reason}." for reason in absent)
     )
-
-
-def _counted(n: int, what: str) -> str:
-    return f"{n} {what}{'s' * (n != 1)}"
 
 
 def _said(found: dict[str, Any]) -> str:
