@@ -29,8 +29,8 @@ def folder(tmp_path):
 
 def run(folder, *options):
     command = [sys.executable, "-m", "pytest", "--nbmake", *options, "."]
-    # So that what is left behind in the folder is the plugin's doing.
-    environment = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1"}
+    # So that what is left behind in the folder is the plugin's doing; it imports from our folder.
+    environment = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1", "PYTHONPATH": str(ROOT)}
     return subprocess.run(
         command, cwd=folder, env=environment, capture_output=True, text=True, timeout=100
     )

@@ -123,7 +123,7 @@ class Options:
         expect(fits, what, self.shard)
         fits = is_integer(self.n_workers, 1)
         expect(fits, "QueueRunner: n_workers must be a number for shard", self.n_workers)
-        whole = getattr(self.iterator, "whole", "")
+        whole = getattr(self.iterator, "_labkit_whole", "")
         expect(not whole, "QueueRunner: shard needs a data set that can be split", whole)
         takes = {"worker", "n_workers"} <= factory.names
         what = "QueueRunner: shard needs an iterator with the parameters worker and n_workers"
