@@ -62,22 +62,21 @@ def dataset_of_passes(
     with _debug_mode_off():
         dataset = tf.data.Dataset.range(1).flat_map(plain(one_pass))
     options = tf.data.Options()
-    # No batch is taken ahead: of an endless pass it would never come to a loop in Python, and of
-    # one in order nobody could tell it from those that were used.
     options.experimental_optimization.inject_prefetch = False
-    dataset = untuned(dataset.with_options(options))
-    of_any_length = dataset
+    plainest = untuned(dataset.with_options(options))
+    # A step overlaps with the dequeuing of the next batch. Batches in order are not taken ahead:
+    # nobody could tell those from what was used.
+    dataset = of_any_length = plainest.prefetch(1) if shape.mixes else plainest
     if batches is not None:
         dataset = dataset.apply(tf.data.experimental.assert_cardinality(batches))
 
     class Passes(type(dataset)):  # type: ignore[misc]
         def __iter__(self) -> Any:
             most = None if on_iteration() else batches
+            rest = most is None and batches is not None
+            iterator = iter(of_any_length) if rest else super().__iter__()
             eager = tf.executing_eagerly()
-            # In Python most would come past the dataset that counts what is to come.
-            counts = batches is None or (most is not None and not eager)
-            iterator = super().__iter__() if counts else iter(of_any_length)
-            return _in_python(iterator, opened, most) if eager else iterator
+            return _in_python(iterator, plainest, opened, most) if eager else iterator
 
     dataset.__class__ = Passes
     return dataset
@@ -102,10 +101,17 @@ class _Opened:
         self.count, self.newest = self.count + 1, weakref.ref(queue)
 
 
-def _in_python(iterator: Any, opened: _Opened, most: int | None) -> Any:
+def as_in_fit(iterator: Any) -> None:
+    """Whoever calls `next` stands for a step of `fit`: batches are to come as they come to that."""
+    if isinstance(iterator, tf.data.Iterator):  # else it is one over several devices
+        iterator._begins = False
+
+
+def _in_python(iterator: Any, passes: tf.data.Dataset, opened: _Opened, most: int | None) -> Any:
     kind: Any = type(iterator)
     iterator.__class__ = _kind_in_python(kind)
-    iterator._opened, iterator._most = opened, most
+    iterator._passes, iterator._opened, iterator._most = passes, opened, most
+    iterator._before = opened.count
     return iterator
 
 
@@ -115,8 +121,10 @@ def _kind_in_python(kind: Any) -> type:
     the loop a good half of a millisecond more. The first one and the end come by that way."""
 
     class InPython(kind):  # type: ignore[misc]
+        _passes: tf.data.Dataset
         _opened: _Opened
         _most: int | None
+        _before: int  # passes that were opened ahead of this iterator
         _queue: EagerQueue | None = None
         _begins = True
         _came = 0
@@ -136,10 +144,15 @@ def _kind_in_python(kind: Any) -> type:
                 with contextlib.suppress(tf.errors.OpError):
                     return self._queue.take()
                 self._queue = None
-            before, begins, self._begins = self._opened.count, self._begins, False
+            begins, self._begins = self._begins and tf.executing_eagerly(), False
+            # If others have begun as well, in functions or threads, whose is whose is not known.
+            if begins := begins and self._opened.count == self._before:
+                # Of an endless pass a batch that is taken ahead would never come to this loop.
+                tf.raw_ops.MakeIterator(
+                    dataset=self._passes._variant_tensor, iterator=self._iterator_resource
+                )
             batch = super().__next__()
-            # If others have begun as well, in other threads, it is not known whose is whose.
-            if begins and self._opened.count == before + 1:
+            if begins and self._opened.count == self._before + 1:
                 self._queue = self._opened.newest()
             return batch
 

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from labkit import MnistDataGenerator, QueueRunner, WorkerError
+from labkit.passes import as_in_fit
 from labkit.quiet import tf
 from tests.consumers import in_graph
 from tests.programs import run_program
@@ -136,6 +137,31 @@ def test_an_iterator_goes_on_in_a_function_and_back_in_python(shuffle):
             next(iterator)
         index = np.concatenate(seen).tolist()
         assert (sorted(index) if shuffle else index) == whole(0, 320)
+
+
+def test_one_batch_is_taken_ahead_of_a_step_and_none_of_a_loop():
+    """A step of `fit` overlaps with it; of an endless pass it would never come to a loop."""
+
+    def watched(iterator):
+        as_in_fit(iterator)
+        return next(iterator)
+
+    def in_queue(ended):
+        ends = time.monotonic() + 20
+        while not ended() and time.monotonic() < ends:
+            time.sleep(0.02)
+        return runner.depth()
+
+    with QueueRunner(batches_of(9), 8, 1, capacity=128, min_after_dequeue=0) as runner:
+        for take, ahead in ((next, 0), (tf.function(lambda some: next(some)), 1), (watched, 1)):
+            iterator = iter(runner.dataset())
+            taken = [take(iterator)]
+            in_queue(lambda: runner.samples == 72)
+            time.sleep(0.1)  # for one that should not be taken
+            left = 64 - 8 * ahead
+            assert in_queue(lambda left=left: runner.depth() <= left) == left
+            taken += iterator
+            assert len(samples_of(taken)) == 72
 
 
 def test_of_two_iterators_alive_the_older_one_is_told(workers):
