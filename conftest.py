@@ -29,7 +29,7 @@ def pytest_runtest_call(item):
         if not getattr(item, "nbmake", False):
             raise
         # While pytest captures, nothing shows: it is said in the summary, also of `-n 2`.
-        item.user_properties.append((_FIRST_FAILURE, (item.name, _in_one_line(error))))
+        item.user_properties.append((_FIRST_FAILURE, (item.path.name, _in_one_line(error))))
     return item.runtest()
 
 
