@@ -1,6 +1,8 @@
 """What stands around the lessons: answers that are folded, predictions that are checked, links, the
 way from the web to a notebook that runs."""
 
+import ast
+import builtins
 import importlib.util
 import json
 import re
@@ -59,6 +61,60 @@ def test_what_gives_an_answer_away_is_folded_and_nothing_else():
                 assert not folded
                 # Its output has the right answer, and the figure below it may.
                 assert "labkit.check(" not in cell.source, f"{path.name}: {cell.source[:60]}"
+
+
+def asks(text):
+    """Does a text end by asking what comes below it?"""
+    text = re.sub(r"<details>.*?</details>|`[^`]*`", "", text, flags=re.DOTALL).rstrip()
+    last = re.sub(r"\([^()]*\)$", "", text.split("\n\n")[-1]).rstrip()
+    return last.endswith("?") or re.search(r"\bPredict\b", last) is not None
+
+
+def tree(cell):
+    return ast.walk(ast.parse(cell.source.replace("%matplotlib inline", "")))
+
+
+def taken(nodes):
+    """The names of variables that code takes from elsewhere."""
+    names = [node for node in nodes if isinstance(node, ast.Name)]
+    made = {node.id for node in names if isinstance(node.ctx, ast.Store)}
+    return {n.id for n in names if not n.id.isupper() and not hasattr(builtins, n.id)} - made
+
+
+def of_right_answers(cell):
+    """The names that the right answers of a cell's checks are made of."""
+    for call in tree(cell):
+        if isinstance(call, ast.Call) and ast.unparse(call.func) == "labkit.check":
+            right = call.args[2]
+            while isinstance(right, ast.Subscript):  # of gain[label] not the label
+                right = right.value
+            yield from taken(ast.walk(right))
+
+
+def spoiling(cells):
+    """The cells whose open output shows what was to be predicted: they come right after a question,
+    or take what a check takes for right. What comes under "What we saw" may."""
+    code = [cell for cell in cells if cell.cell_type == "code"]
+    right = {name for cell in code for name in of_right_answers(cell)}
+    asked = False
+    for number, cell in enumerate(cells):
+        if "## What we saw" in cell.source:
+            return
+        if cell.cell_type == "markdown":
+            asked = asks(cell.source)
+            continue
+        is_open = cell.outputs and not cell.metadata.get("jupyter", {}).get("outputs_hidden")
+        if is_open and (asked or taken(tree(cell)) & right):
+            yield number
+
+
+@pytest.mark.parametrize("path", LESSONS, ids=lambda path: path.stem)
+def test_no_open_output_shows_what_was_to_be_predicted(path):
+    cells = read(path).cells
+    assert not list(spoiling(cells))
+    for cell in cells:
+        cell.metadata.pop("jupyter", None)
+    assert list(spoiling(cells)), "then it would"
 
 
 @pytest.mark.parametrize("path", LESSONS, ids=lambda path: path.stem)

@@ -107,14 +107,14 @@ def _share(then: tuple[float, float], now: tuple[float, float]) -> float:
 
 
 def verdict(share: float, next_step: str) -> str:
-    """One sentence on a share of waiting: how bad it is by the profiler's limits, what to do."""
+    """A line on a share of waiting: how bad it is by the profiler's limits; another: what to do."""
     if math.isnan(share):
         return "no verdict: too few steps were seen, without the first, which compiles"
     if share < MODERATE:
         return f"not input-bound ({share:.0%} waiting, under {MODERATE:.0%}): the data keep up"
     degree = "highly" if share > HIGH else "moderately"
     limits = f"over {HIGH:.0%}" if share > HIGH else f"{MODERATE:.0%} to {HIGH:.0%}"
-    return f"{degree} input-bound ({share:.0%} waiting, {limits}). Next: {next_step}"
+    return f"{degree} input-bound ({share:.0%} waiting, {limits}).\nNext: {next_step}"
 
 
 NEXT_STEP = "labkit.diagnose(factory, model) tells the cure"

@@ -100,7 +100,7 @@ class LoopWatch:
             print(f"labkit.watch: {line}\nlabkit.watch: {self.verdict()}", flush=True)
 
     def verdict(self) -> str:
-        """What the waiting of all passes so far means, in a sentence."""
+        """What the waiting of all passes so far means, in a line or two."""
         if not self._came:
             return "no verdict: no batch was seen"
         return verdict(total(self.epochs).share, NEXT_STEP)

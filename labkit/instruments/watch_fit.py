@@ -97,7 +97,7 @@ class FitWatch(tf.keras.callbacks.Callback):
             live.end()
 
     def verdict(self) -> str:
-        """What the waiting of the last `fit` means, in a sentence."""
+        """What the waiting of the last `fit` means, in a line or two."""
         return verdict(total(self.epochs).share, NEXT_STEP)
 
     def _print_line(self) -> None:
