@@ -1,5 +1,6 @@
 """Nothing of a figure is cut, and no text lies on another, however long title and labels are."""
 
+import pickle
 from types import SimpleNamespace
 
 import numpy as np
@@ -116,6 +117,7 @@ def test_a_title_keeps_a_margin_however_long_it_is():
         figure = Figure(figsize=(8, 3.6))
         (box,) = boxes(plots._with_texts(figure, n * "Of the rate ", None)).values()
         assert box.x0 >= plots.MARGIN - 1 and box.x1 <= figure.bbox.width - plots.MARGIN + 1, n
+    assert pickle.loads(pickle.dumps(figure)).get_suptitle() == n * "Of the rate "
 
 
 @pytest.mark.parametrize("draw", (plots.bars, plots.stacked, plots.grouped))

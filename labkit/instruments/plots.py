@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 from matplotlib.ticker import LogLocator
 
 from labkit.machine import describe_machine
@@ -32,10 +33,14 @@ def _figure(width: float = 8, height: float = 3.6, **kwargs: Any) -> tuple[Figur
     return figure, axes
 
 
+class _Title(Text):
+    def _get_wrap_line_width(self) -> float:
+        return super()._get_wrap_line_width() - 2 * MARGIN  # type: ignore[misc]
+
+
 def _with_texts(figure: Figure, title: str, machine: Mapping[str, Any] | None) -> Figure:
-    # The figure's, not an axes': that wraps at the wrong width. And not up to the very edges.
-    words: Any = figure.suptitle(title, wrap=True)
-    words._get_wrap_line_width = lambda: figure.bbox.width - 2 * MARGIN
+    words: Any = figure.suptitle(title, wrap=True)  # an axes' title wraps at the wrong width
+    words.__class__ = _Title
     if machine:
         cores = "1 core" if machine["cores"] == 1 else f"{machine['cores']} cores"
         parts = machine["processor"], cores, *machine.get("gpus", ())
@@ -149,15 +154,9 @@ def sweep(
     for (label, values), marker in zip(rates.items(), "osD^v", strict=False):
         ax.plot(counts, values, marker=marker, label=label)
     if article:
-        ax.plot(
-            list(article),
-            list(article.values()),
-            "x",
-            color="#D55E00",
-            markersize=9,
-            markeredgewidth=2,
-            label="the article, 2018",
-        )
+        style = {"color": "#D55E00", "markersize": 9, "markeredgewidth": 2}
+        points = list(article), list(article.values())
+        ax.plot(*points, "x", label="the article, 2018", **style)
     ax.set_xscale("log", base=2)
     ax.set_xticks(counts, [str(count) for count in counts])
     _logarithmic(ax)
