@@ -4,6 +4,7 @@ import argparse
 import difflib
 import functools
 import inspect
+import shlex
 import sys
 from pathlib import Path
 from typing import Any, NoReturn
@@ -179,7 +180,7 @@ def main(arguments: list[str] | None = None) -> int:
         code, told = (130, "interrupted; the workers are stopped.") if stopped else (1, str(error))
     if history is not None and history.epochs:  # else the figures of an earlier run stay
         words = sys.argv[1:] if arguments is None else arguments
-        history.settings["command"] = " ".join(["python -m labkit.train", *words])
+        history.settings["command"] = shlex.join(["python", "-m", "labkit.train", *words])
         try:
             _keep(history, *files)
         except OSError as error:

@@ -1,5 +1,6 @@
 """Nothing of a figure is cut, and no text lies on another, however long title and labels are."""
 
+import pickle
 from types import SimpleNamespace
 
 import numpy as np
@@ -24,12 +25,12 @@ def history():
 
 
 def monitor(gpus=()):
-    watched = UsageMonitor(probes={"in the queue": lambda: 0.0, "waiting (%)": lambda: 0.0})
+    watched = UsageMonitor(probes={"queue (samples)": lambda: 0.0, "waiting (%)": lambda: 0.0})
     watched.seconds, watched.cpu = [0.0, 1.0], [10.0, 100.0]
     watched.memory = [1e9, 123.4e9]
     watched.gpu_message = "no NVIDIA driver here"
     watched.gpus = list(gpus)
-    watched.probes = {"in the queue": [1e6, 2e6], "waiting (%)": [0.0, 100.0]}
+    watched.probes = {"queue (samples)": [1e6, 2e6], "waiting (%)": [0.0, 100.0]}
     return watched
 
 
@@ -109,6 +110,14 @@ def test_no_text_is_cut_and_none_lies_on_another(draw, title):
     assert not cut(figure, found)
     assert not overlapping(found)
     assert title.split()[0] in "".join(found)
+
+
+def test_a_title_keeps_a_margin_however_long_it_is():
+    for n in range(1, 13):
+        figure = Figure(figsize=(8, 3.6))
+        (box,) = boxes(plots._with_texts(figure, n * "Of the rate ", None)).values()
+        assert box.x0 >= plots.MARGIN - 1 and box.x1 <= figure.bbox.width - plots.MARGIN + 1, n
+    assert pickle.loads(pickle.dumps(figure)).get_suptitle() == n * "Of the rate "
 
 
 @pytest.mark.parametrize("draw", (plots.bars, plots.stacked, plots.grouped))

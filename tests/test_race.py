@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -272,6 +273,14 @@ def test_a_factory_of_the_users_runs_pass_after_pass(tmp_path):
     assert [int(mine.make(0)[0][0]) for _ in range(5)] == [0, 1, 2, 3, 10]
     with pytest.raises(TypeError, match="cannot be pickled"):
         track.run(track.Heat(mine, 1, "serial loop"), threading.Lock(), 1.0, tmp_path)
+
+
+def test_the_command_that_is_kept_can_be_pasted(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr("labkit.instruments.race.command.race", lambda *_, **__: Results.of(1, 1.0))
+    asked = ["--rows", "sleep 5 ms:4,19 MB float", "--json", str(tmp_path / "a race.json")]
+    assert main(asked) == 0
+    kept = json.loads((tmp_path / "a race.json").read_text())["command"]
+    assert shlex.split(kept) == ["python", "-m", "labkit.race", *asked]
 
 
 def test_wrong_use_is_met_with_a_sentence(capsys):

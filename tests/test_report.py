@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 
 import labkit
+from labkit.engine import KINDS
 from labkit.engine.messages import Lost
 from labkit.instruments.audit import Audit
 from labkit.instruments.command import main
@@ -56,7 +57,8 @@ def full():
     """One in which everything is set, text of the user's as bad as it can be."""
     stages = [Stage(NASTY, 0.03, 0.6, 0.001, 1.0), Stage("draw", 0.01, 0.2, 0.0, 2.5)]
     report = report_of(problems={"process": f"{NASTY}\nsecond line"}, stages=stages)
-    report.demands["thread"] = replace(report.demands["thread"], memory=2e6, free=1e9, moved=100)
+    more = {"memory": 2e6, "free": 1e9, "moved": 100, "handed": 2e-4}
+    report.demands["thread"] = replace(report.demands["thread"], **more)
     report.rows[1].measured = 10.0
     report.model.taken, report.ready_rate = 1234, 90.0
     report.take_in(report.rows[1:2], now=50.0)
@@ -164,6 +166,17 @@ def test_a_file_that_holds_no_report_is_refused_by_name(change, words, tmp_path)
     path.write_text(change(json.loads(path.read_text())))
     with pytest.raises(ValueError, match=rf"(?s)^load_report: expected .*a\.json.*({words})"):
         labkit.load_report(path)
+
+
+def test_what_an_older_labkit_did_not_measure_is_unknown_and_not_nothing(tmp_path, monkeypatch):
+    path = tmp_path / "a.json"
+    by_name = {**KINDS, "thread": replace(KINDS["thread"], by_name=True)}
+    monkeypatch.setattr("labkit.instruments.report.KINDS", by_name)
+    full().save(path)
+    assert "Handing a batch over, as measured alone: 0.2 ms" in str(labkit.load_report(path))
+    path.write_text(broken(json.loads(path.read_text()), "report", "demands", "thread", "handed"))
+    old = labkit.load_report(path)
+    assert old.demands["thread"].handed is None and "Handing" not in str(old)
 
 
 def test_bytes_that_are_no_text_are_refused_and_a_file_that_is_not_there_is_said_so(tmp_path):

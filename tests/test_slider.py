@@ -2,6 +2,7 @@
 
 import base64
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -14,8 +15,10 @@ DEMANDS = Demands(wall=0.04, cpu=0.01, lock=0.002, step=0.005, step_cpu=0.004, c
 
 
 def test_the_sliders_begin_at_what_was_measured_and_move_the_bound():
-    law = Law(DEMANDS, n_workers=4)
+    machine = {"processor": "AMD EPYC", "cores": 2, "tensorflow": "2.21.0"}
+    law = Law(DEMANDS, n_workers=4, machine=machine)
     assert list(law.values.values()) == [4, 40, 10, 2, 5, 1]
+    assert "Measured on AMD EPYC, 2 cores" in law.figure().get_supxlabel()
     box = law._box(__import__("ipywidgets"), law._png())
     grid, picture = box.children
     sliders = {slider.description: slider for slider in grid.children}
@@ -26,15 +29,27 @@ def test_the_sliders_begin_at_what_was_measured_and_move_the_bound():
     (ax,) = law.figure().axes
     told = [text.get_text() for text in ax.get_legend().get_texts()]
     assert told == [
-        *(f"{name}: {rate:.3g}" for name, rate in bounds(4, DEMANDS).items() if rate < np.inf),
+        *(
+            f"{name}: {rate:.3g} steps/s"
+            for name, rate in bounds(4, DEMANDS).items()
+            if rate < np.inf
+        ),
         "the least of them",
     ]
     before = picture.value
     sliders["cores"].value = 64
-    assert picture.value != before
+    assert picture.value != before and not law.figure().get_supxlabel()
     assert law.figure().get_suptitle() == "4 workers: at most 100 steps/s, set by the generator"
     sliders["workers"].value = 32
     assert law.figure().get_suptitle() == "32 workers: at most 200 steps/s, set by the model"
+
+
+def test_a_rate_above_a_thousand_is_a_whole_number():
+    (ax,) = Law(replace(DEMANDS, moved=1e6, bandwidth=98_612e6), 1).figure().axes
+    told = [text.get_text() for text in ax.get_legend().get_texts()]
+    assert "moving the bytes: 98,612 steps/s" in told
+    quick = Law(replace(DEMANDS, wall=0.0005, cpu=0.0, step=0.0006, step_cpu=0.0), 1)
+    assert quick.figure().get_suptitle() == "1 worker: at most 1,667 steps/s, set by the model"
 
 
 def test_no_part_of_a_batch_takes_longer_than_the_batch():

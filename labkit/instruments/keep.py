@@ -61,9 +61,11 @@ def _plain(value: Any) -> Any:
 
 def members(kind: Any, value: Any, where: str) -> dict[str, Any]:
     """The arguments of a dataclass, without those that are live, out of what `_plain` made of it.
-    Raises ValueError, which names the place, for anything else."""
+    What is None where it is unknown may be missing: an older labkit did not measure it. Raises
+    ValueError, which names the place, for anything else."""
     types = {f.name: f.type for f in fields(kind) if f.name not in LIVE}
-    found = _as(dict, value, where)
+    unknown = {f.name: None for f in fields(kind) if f.name in types and f.default is None}
+    found = {**unknown, **_as(dict, value, where)}
     if found.keys() != types.keys():
         raise ValueError(f"{where} must have {', '.join(types)}, and has {', '.join(found)}")
     return {name: typed(of, found[name], f"{where}.{name}") for name, of in types.items()}

@@ -42,7 +42,8 @@ class Demands:
         bandwidth: bytes/s that the machine copies, in arrays as large as a batch.
         memory: bytes that each worker takes.
         free: bytes of memory that there are for them.
-        handed: seconds, of `wall`, that go into handing a batch over: copies, store, network.
+        handed: seconds, of `wall`, that go into handing a batch over: copies, store, network; None
+            if unknown.
     """
 
     wall: float
@@ -56,7 +57,7 @@ class Demands:
     bandwidth: float = np.inf
     memory: float = 0.0
     free: float = np.inf
-    handed: float = 0.0
+    handed: float | None = None
 
 
 def bounds(n: int, demands: Demands) -> dict[str, float]:
@@ -288,9 +289,10 @@ def headroom(setting: str, gain: float, rate: float) -> str:
 
 
 def handing(demands: dict[str, Demands]) -> str:
-    """A sentence: what it costs to hand a batch over, by each kind."""
-    each = (f"{1e3 * need.handed:.2g} ms by one {kind}" for kind, need in demands.items())
-    return f"Handing a batch over, as measured alone: {', '.join(each)}."
+    """A sentence: what it costs to hand a batch over, by each kind; "" where that is not known."""
+    known = {kind: need.handed for kind, need in demands.items() if need.handed is not None}
+    each = (f"{1e3 * handed:.2g} ms by one {kind}" for kind, handed in known.items())
+    return f"Handing a batch over, as measured alone: {', '.join(each)}." if known else ""
 
 
 def memory(demands: dict[str, Demands], most: dict[str, int]) -> str:

@@ -13,10 +13,12 @@ from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 from matplotlib.ticker import LogLocator
 
 from labkit.machine import describe_machine
 
+MARGIN = 12  # pixels beside a title, at 100 to the inch
 WAIT, COMPUTE, BOUND, OTHER = "#E69F00", "#0072B2", "#000000", "#009E73"
 _CYCLE = (COMPUTE, WAIT, OTHER, "#CC79A7", "#56B4E9", "#D55E00")
 
@@ -31,8 +33,14 @@ def _figure(width: float = 8, height: float = 3.6, **kwargs: Any) -> tuple[Figur
     return figure, axes
 
 
+class _Title(Text):
+    def _get_wrap_line_width(self) -> float:
+        return super()._get_wrap_line_width() - 2 * MARGIN  # type: ignore[misc]
+
+
 def _with_texts(figure: Figure, title: str, machine: Mapping[str, Any] | None) -> Figure:
-    figure.suptitle(title, wrap=True)  # the figure's, not an axes': that wraps at the wrong width
+    words: Any = figure.suptitle(title, wrap=True)  # an axes' title wraps at the wrong width
+    words.__class__ = _Title
     if machine:
         cores = "1 core" if machine["cores"] == 1 else f"{machine['cores']} cores"
         parts = machine["processor"], cores, *machine.get("gpus", ())
@@ -83,17 +91,10 @@ def timeline(
     for row, pairs in enumerate(runs.values()):
         lengths = np.array(pairs[:steps]).ravel() * 1e3
         starts = np.concatenate([[0], np.cumsum(lengths)[:-1]])
-        for part, (colour, label) in enumerate(
-            ((WAIT, "waiting for data"), (COMPUTE, "computing"))
-        ):
-            ax.barh(
-                row,
-                lengths[part::2],
-                left=starts[part::2],
-                height=0.6,
-                color=colour,
-                label=label if row == 0 else None,
-            )
+        parts = ((WAIT, "waiting for data"), (COMPUTE, "computing"))
+        for part, (colour, label) in enumerate(parts):
+            named = label if row == 0 else None
+            ax.barh(row, lengths[part::2], 0.6, starts[part::2], color=colour, label=named)
     ax.set_yticks(range(len(runs)), list(runs))
     ax.invert_yaxis()
     ax.set(xlabel=f"time over {steps} steps (ms)")
@@ -153,15 +154,9 @@ def sweep(
     for (label, values), marker in zip(rates.items(), "osD^v", strict=False):
         ax.plot(counts, values, marker=marker, label=label)
     if article:
-        ax.plot(
-            list(article),
-            list(article.values()),
-            "x",
-            color="#D55E00",
-            markersize=9,
-            markeredgewidth=2,
-            label="the article, 2018",
-        )
+        style = {"color": "#D55E00", "markersize": 9, "markeredgewidth": 2}
+        points = list(article), list(article.values())
+        ax.plot(*points, "x", label="the article, 2018", **style)
     ax.set_xscale("log", base=2)
     ax.set_xticks(counts, [str(count) for count in counts])
     _logarithmic(ax)
@@ -293,14 +288,12 @@ def usage(monitors: Any, title: str = "", machine: Mapping[str, Any] | None = No
     for ax, name in zip(axes[:, 0], names, strict=True):
         ax.set_ylabel(name)
         ax.set_ylim(bottom=0)
-    for ax in axes[0]:
+    for ax in axes[:2, 0]:  # of the whole row
         ax.set_ylim(0, 105)
-    for ax in axes[1]:
-        ax.set_ylim(0, 105)
-        ax.set_yticks([0, 50, 100] if seen else [])
+    axes[1, 0].set_yticks([0, 50, 100] if seen else [])
     if not seen:
         axes[1, 0].yaxis.label.set(rotation=0, ha="right", va="center")
-    axes[2, 0].set_ylim(top=1.2 * axes[2, 0].get_ylim()[1])  # of the whole row
+    axes[2, 0].set_ylim(top=1.2 * axes[2, 0].get_ylim()[1])
     figure.align_ylabels()
     return _with_texts(figure, title, machine)
 
@@ -374,6 +367,10 @@ def race(
     return _with_texts(figure, "The race: labkit (blue) beside the others", machine)
 
 
+def _per_second(rate: float) -> str:
+    return f"{rate:,.0f} steps/s" if rate >= 100 else f"{rate:.3g} steps/s"
+
+
 def law(
     n: int, bounds_of: Mapping[str, Sequence[float]], machine: Mapping[str, Any] | None = None
 ) -> Figure:
@@ -388,12 +385,12 @@ def law(
     for (name, rates), style in zip(bounds_of.items(), ("-.", ":", "--", (0, (1, 3)), (0, (5, 5))),
                                     strict=False):  # fmt: skip
         if np.isfinite(rates).any():
-            label = f"{name}: {rates[n - 1]:.3g}"  # its line may lie far above the picture
+            label = f"{name}: {_per_second(rates[n - 1])}"  # its line may lie far above the picture
             ax.plot(counts, rates, color="0.5", linestyle=style, linewidth=1, label=label)
     ax.plot(counts, least, color=COMPUTE, linewidth=3, label="the least of them")
     ax.plot(n, least[n - 1], "o", color="#D55E00", markersize=10)
     ax.set(xlabel="workers", ylabel="steps per second", ylim=(0, 1.3 * least.max()))
     _legend(ax)
     limit = min(bounds_of, key=lambda name: bounds_of[name][n - 1])
-    title = f"{n} workers: at most {least[n - 1]:.3g} steps/s, set by {limit}"
+    title = f"{n} worker{'s' * (n > 1)}: at most {_per_second(least[n - 1])}, set by {limit}"
     return _with_texts(figure, title, machine)

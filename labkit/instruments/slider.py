@@ -33,12 +33,16 @@ class Law:
     Args:
         demands: where the sliders begin, as `Report.demands` has it for each kind of worker.
         n_workers: how many at first, 1 to 32.
+        machine: that measured the demands, as `Report.about.machine` has it; the picture names it
+            as long as no slider has moved.
 
     Raises:
         ValueError: for a number of workers that the slider does not have.
     """
 
-    def __init__(self, demands: Demands, n_workers: int = 4) -> None:
+    def __init__(
+        self, demands: Demands, n_workers: int = 4, machine: Mapping[str, Any] | None = None
+    ) -> None:
         if not 1 <= n_workers <= _MOST:
             raise ValueError(f"Law: expected n_workers from 1 to {_MOST}, got {n_workers}")
         self._demands = demands
@@ -48,6 +52,7 @@ class Law:
             name: min(max(value, least), most)
             for (name, (least, most)), value in zip(_RANGES.items(), found, strict=True)
         }
+        self._measured = dict(self.values), machine
 
     def figure(self) -> Any:
         """The picture for `values`, a matplotlib Figure."""
@@ -63,7 +68,9 @@ class Law:
             cores=int(cores),
         )
         rows = [bounds(k, need) for k in range(1, _MOST + 1)]
-        return plots.law(int(n), {name: [row[name] for row in rows] for name in rows[0]})
+        first, machine = self._measured
+        named = machine if self.values == first else None
+        return plots.law(int(n), {name: [row[name] for row in rows] for name in rows[0]}, named)
 
     def _png(self) -> bytes:
         page = io.BytesIO()

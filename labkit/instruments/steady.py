@@ -8,12 +8,14 @@ from typing import Any
 Rate = Callable[[int], float]  # takes that many steps, returns steps/s
 
 
-def drain(runner: Any, step: Rate, most: int = 100) -> None:
-    """Takes steps until a queue holds what it must keep; gives up after `most`, and where ten have
-    not made it less: there the model is the slower one."""
+def drain(runner: Any, step: Rate, most: int = 200) -> None:
+    """Takes steps until a queue holds what it must keep; gives up after `most`, and where it does
+    not become less in more steps than workers have batches ready: there the model is the slower."""
     held = [runner.depth()]
+    # A thread has three ready, which at half of the model's rate keep a queue full for six steps.
+    many = 10 + 8 * runner.n_workers
     while held[-1] >= runner.min_after_dequeue + runner.batch_size and len(held) <= most:
-        if len(held) > 10 and held[-1] >= held[-11]:
+        if len(held) > many and held[-1] >= held[-1 - many]:
             return
         step(1)
         held.append(runner.depth())

@@ -1,6 +1,7 @@
 """What every benchmark needs: a graph to run steps in, paired ratios, and one form of JSON."""
 
 import json
+import shlex
 import statistics
 import sys
 import time
@@ -114,8 +115,9 @@ def spread(values: list[float]) -> float:
 def write(name: str, results: dict[str, Any]) -> None:
     """Prints the results and keeps them, with the command and the machine, in figures/."""
     results = {
-        "command": "python -m "
-        + " ".join(["tests.benchmarks." + Path(sys.argv[0]).stem, *sys.argv[1:]]),
+        "command": shlex.join(
+            ["python", "-m", "tests.benchmarks." + Path(sys.argv[0]).stem, *sys.argv[1:]]
+        ),
         "machine": describe_machine(),
         **results,
     }

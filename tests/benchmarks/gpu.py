@@ -3,17 +3,20 @@
 Batches of JPEG files, decoded by Pillow, go into a CNN: by Keras from a plain generator, and
 through labkit's threads and processes, half as many again as the step needs. Beside each fit what
 NVML saw, what `labkit.watch` said, and the truth: 1 - seconds with a cached batch / seconds. The
-fits take turns. Writes figures/gpu_use.json and, of the last round, gpu_use.png. 3 minutes.
+fits take turns. Writes figures/gpu_use.json and, of the last round, gpu_use.png. 3 minutes;
+with `--draw` only the picture, from the file.
 """
 
 import argparse
 import io
 import itertools
+import json
 import math
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -21,6 +24,7 @@ import numpy as np
 import labkit
 from labkit import QueueRunner, UsageMonitor, plots
 from labkit.instruments.race.work import photographs
+from labkit.instruments.usage_monitor import Gpu
 from labkit.quiet import tf
 from tests.benchmarks.common import FIGURES, median, spread, write
 
@@ -98,7 +102,10 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=96)
     parser.add_argument("--width", type=int, default=256)
     parser.add_argument("--depth", type=int, default=5)
+    parser.add_argument("--draw", action="store_true", help="only draw what was measured")
     asked = parser.parse_args()
+    if asked.draw:
+        return draw()
     with tempfile.TemporaryDirectory() as folder:
         factory = decoded(photographs(Path(folder), 256), asked.batch_size, asked.size)
         measure(asked, factory)
@@ -150,29 +157,39 @@ def measure(asked: Any, factory: Callable[..., Iterator[Any]]) -> None:
             seen |= {key: without[key] for key in ("GPU (%)", "CPU (%)", "usage")}
             rows[name].append(seen)
             print(number, name, {k: v for k, v in seen.items() if k != "usage"}, flush=True)
-    usages = {name: seen[-1]["usage"] for name, seen in rows.items()}
-    shares = {name: median([run["of the bound"] for run in seen]) for name, seen in rows.items()}
-    best = max(shares, key=lambda name: shares[name])
-    machine = labkit.machine.describe_machine()
-    figure = plots.usage(
-        usages,
-        f"Of the model's rate on a cached batch a plain generator reaches"
-        f" {shares['plain generator']:.0%}, {best} {shares[best]:.0%}",
-        machine=machine,
-    )
-    plots.save(figure, FIGURES / "gpu_use.png")
     kept = {
         name: [{**run, "usage": run["usage"].as_dict()} for run in r] for name, r in rows.items()
     }
     write("gpu_use", {
         "seconds a batch": price,
-        "settings": vars(asked),
+        "settings": {name: value for name, value in vars(asked).items() if name != "draw"},
         "n": n,
         "compute-only steps/s": [run["steps/s"] for run in bounds],
         "compute-only GPU (%)": [run["GPU (%)"] for run in bounds],
         "drift of compute-only": spread([run["steps/s"] for run in bounds]),
         "runs": kept,
     })  # fmt: skip
+    draw()
+
+
+def draw() -> None:
+    """gpu_use.png from gpu_use.json: of each way its last round."""
+    results = json.loads((FIGURES / "gpu_use.json").read_text())
+    rows = results["runs"]
+    shares = {name: median([run["of the bound"] for run in seen]) for name, seen in rows.items()}
+    best = max(shares, key=lambda name: shares[name])
+    usages = {}
+    for name, seen in rows.items():
+        usage = SimpleNamespace(**seen[-1]["usage"])
+        usage.gpus = [Gpu(**gpu) for gpu in usage.gpus]
+        usages[name] = usage
+    figure = plots.usage(
+        usages,
+        f"Of the model's own rate a plain generator reaches"
+        f" {shares['plain generator']:.0%}, {best} {shares[best]:.0%}",
+        machine=results["machine"],
+    )
+    plots.save(figure, FIGURES / "gpu_use.png")
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """The command line of `python -m labkit.race`."""
 
+import shlex
 import sys
 from typing import Any
 
@@ -60,7 +61,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"{parser.prog}: interrupted; what ran is ended.", file=sys.stderr)
         return 130
     if given.json:
-        results.data["command"] = " ".join([parser.prog, *(arguments or sys.argv[1:])])
+        results.data["command"] = shlex.join([*parser.prog.split(), *(arguments or sys.argv[1:])])
         results.save(given.json)
     print(f"\n{results}")
     if given.png:
