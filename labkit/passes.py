@@ -12,6 +12,8 @@ from labkit.engine.messages import WorkerError
 from labkit.engine.tf_queue import EagerQueue, Shape, counted, dequeue, shaped
 from labkit.quiet import tf
 
+from tensorflow.python.data.ops.iterator_ops import OwnedIterator  # isort: skip
+
 
 def dataset_of_passes(
     shape: Shape,
@@ -31,42 +33,24 @@ def dataset_of_passes(
             the iteration raises.
         batches: of a pass, if known.
     """
-    plain = tf.autograph.experimental.do_not_convert
     opened = _Opened()
-
-    def one_pass(_: tf.Tensor) -> tf.data.Dataset:
-        def begin() -> tuple[tf.Tensor, tf.Tensor, int]:
-            queue, number = open_pass()
-            opened.note(queue)
-            return queue.handle, queue.counter.handle, number
-
-        handles = [tf.resource, tf.resource, tf.int64]
-        handle, counter, number = tf.py_function(functools.partial(_plainly, begin), [], handles)
-
-        def take(_: tf.Tensor) -> Any:
-            parts = dequeue(handle, shape)
-            return shaped(shape.spec, parts if shape.mixes else counted(parts, counter))
-
-        def never(_: tf.Tensor) -> tf.Tensor:
-            return tf.ensure_shape(tf.py_function(ended, [number], tf.bool), [])
-
-        # The v1 map ends quietly where the queue is closed and empty; the v2 map would raise.
-        steps = tf.compat.v1.data.Dataset.range(np.iinfo(np.int64).max).map(plain(take))
-        # No element: a place at the end at which to raise.
-        return steps.concatenate(tf.data.Dataset.range(1).filter(plain(never)).map(plain(take)))
-
-    def ended(number: tf.Tensor) -> bool:
-        _plainly(functools.partial(end_pass, int(number)))
-        return False
-
-    with _debug_mode_off():
-        dataset = tf.data.Dataset.range(1).flat_map(plain(one_pass))
     options = tf.data.Options()
     options.experimental_optimization.inject_prefetch = False
-    plainest = untuned(dataset.with_options(options))
-    # A step overlaps with the dequeuing of the next batch. Batches in order are not taken ahead:
-    # nobody could tell those from what was used.
-    dataset = of_any_length = plainest.prefetch(1) if shape.mixes else plainest
+
+    def begin() -> tuple[tf.Tensor, tf.Tensor, int]:
+        queue, number = open_pass()
+        opened.note(queue)
+        return queue.handle, queue.counter.handle, number
+
+    @functools.cache
+    def passes(ahead: int) -> tf.data.Dataset:
+        with _debug_mode_off():
+            made = _dataset(shape, begin, end_pass, ahead)
+        return untuned(made.with_options(options))
+
+    # A step of fit overlaps with the dequeuing of the next batch. Batches in order are not taken
+    # ahead: nobody could tell those from what was used.
+    dataset = of_any_length = passes(int(shape.mixes))
     if batches is not None:
         dataset = dataset.apply(tf.data.experimental.assert_cardinality(batches))
 
@@ -74,12 +58,46 @@ def dataset_of_passes(
         def __iter__(self) -> Any:
             most = None if on_iteration() else batches
             rest = most is None and batches is not None
-            iterator = iter(of_any_length) if rest else super().__iter__()
-            eager = tf.executing_eagerly()
-            return _in_python(iterator, plainest, opened, most) if eager else iterator
+            if tf.executing_eagerly():
+                its = of_any_length if rest else self
+                return InPython(its, functools.partial(passes, 0), opened, most)
+            return iter(of_any_length) if rest else super().__iter__()
 
     dataset.__class__ = Passes
     return dataset
+
+
+def _dataset(
+    shape: Shape,
+    begin: Callable[[], tuple[tf.Tensor, tf.Tensor, int]],
+    end: Callable[[int], None],
+    ahead: int,
+) -> tf.data.Dataset:
+    plain = tf.autograph.experimental.do_not_convert
+
+    def one_pass(_: tf.Tensor) -> tf.data.Dataset:
+        handles = [tf.resource, tf.resource, tf.int64]
+        handle, counter, number = tf.py_function(functools.partial(_plainly, begin), [], handles)
+
+        def take(_: tf.Tensor) -> Any:
+            parts = dequeue(handle, shape)
+            return shaped(shape.spec, parts if shape.mixes else counted(parts, counter))
+
+        def ended(number: tf.Tensor) -> bool:
+            _plainly(functools.partial(end, int(number)))
+            return False
+
+        def never(_: tf.Tensor) -> tf.Tensor:
+            return tf.ensure_shape(tf.py_function(ended, [number], tf.bool), [])
+
+        # The v1 map ends quietly where the queue is closed and empty; the v2 map would raise.
+        steps = tf.compat.v1.data.Dataset.range(np.iinfo(np.int64).max).map(plain(take))
+        if ahead:
+            steps = steps.prefetch(ahead)
+        # No element: a place at the end at which to raise, which nobody reaches ahead of the step.
+        return steps.concatenate(tf.data.Dataset.range(1).filter(plain(never)).map(plain(take)))
+
+    return tf.data.Dataset.range(1).flat_map(plain(one_pass))
 
 
 def untuned(dataset: tf.data.Dataset) -> tf.data.Dataset:
@@ -101,62 +119,75 @@ class _Opened:
         self.count, self.newest = self.count + 1, weakref.ref(queue)
 
 
-def as_in_fit(iterator: Any) -> None:
-    """Whoever calls `next` stands for a step of `fit`: batches are to come as they come to that."""
-    if isinstance(iterator, tf.data.Iterator):  # else it is one over several devices
-        iterator._begins = False
+class InPython(OwnedIterator):  # type: ignore[misc]
+    """An iterator whose `next` takes batches from the queue itself: by way of tf.data each costs
+    the loop a good half of a millisecond more. The first one and the end come by that way, and all
+    of them in a function: where that begins, `in_functions` has the batches.
+    """
 
+    def __init__(
+        self,
+        in_functions: tf.data.Dataset,
+        here: Callable[[], tf.data.Dataset],
+        opened: _Opened,
+        most: int | None,
+    ) -> None:
+        spec = in_functions.element_spec
+        parts = tf.nest.flatten(spec)
+        types, shapes = [part.dtype for part in parts], [part.shape for part in parts]
+        with tf.device("/CPU:0"):
+            made = tf.raw_ops.AnonymousIteratorV3(output_types=types, output_shapes=shapes)
+        self._in_functions, self._here, self._opened, self._most = in_functions, here, opened, most
+        self._passes: tf.data.Dataset | None = None
+        self._queue: EagerQueue | None = None
+        self._came = 0
+        super().__init__(components=(made,), element_spec=spec)
 
-def _in_python(iterator: Any, passes: tf.data.Dataset, opened: _Opened, most: int | None) -> Any:
-    kind: Any = type(iterator)
-    iterator.__class__ = _kind_in_python(kind)
-    iterator._passes, iterator._opened, iterator._most = passes, opened, most
-    iterator._before = opened.count
-    return iterator
+    @property
+    def _iterator_resource(self) -> tf.Tensor:
+        """What TensorFlow asks for, ahead of all that it does with an iterator."""
+        if self._passes is None:
+            self._begin(self._in_functions)
+        return self._made
 
+    @_iterator_resource.setter
+    def _iterator_resource(self, made: tf.Tensor) -> None:
+        self._made = made
 
-@functools.cache
-def _kind_in_python(kind: Any) -> type:
-    """The iterator, whose `next` takes batches from the queue itself: by way of tf.data each costs
-    the loop a good half of a millisecond more. The first one and the end come by that way."""
+    def _begin(self, passes: tf.data.Dataset) -> None:
+        self._passes = passes
+        with tf.init_scope():  # a function that is being traced may ask
+            tf.raw_ops.MakeIterator(dataset=passes._variant_tensor, iterator=self._made)
 
-    class InPython(kind):  # type: ignore[misc]
-        _passes: tf.data.Dataset
-        _opened: _Opened
-        _most: int | None
-        _before: int  # passes that were opened ahead of this iterator
-        _queue: EagerQueue | None = None
-        _begins = True
-        _came = 0
+    def as_in_fit(self) -> None:
+        """Whoever calls `next` stands for a step of `fit`: batches come as they come to that."""
+        assert self._iterator_resource is not None
 
-        def __next__(self) -> Any:
-            batch = self._next()
-            self._came += 1
-            if self._came > (self._most or self._came):
-                raise WorkerError(
-                    f"QueueRunner: a pass has more than the {self._most} batches that samples= "
-                    "tells. Correct the number, or let the iterator end."
-                )
-            return batch
+    def __next__(self) -> Any:
+        batch = self._next()
+        self._came += 1
+        if self._came > (self._most or self._came):
+            raise WorkerError(
+                f"QueueRunner: a pass has more than the {self._most} batches that samples= "
+                "tells. Correct the number, or let the iterator end."
+            )
+        return batch
 
-        def _next(self) -> Any:
-            if self._queue is not None and tf.executing_eagerly():
-                with contextlib.suppress(tf.errors.OpError):
-                    return self._queue.take()
-                self._queue = None
-            begins, self._begins = self._begins and tf.executing_eagerly(), False
-            # If others have begun as well, in functions or threads, whose is whose is not known.
-            if begins := begins and self._opened.count == self._before:
-                # Of an endless pass a batch that is taken ahead would never come to this loop.
-                tf.raw_ops.MakeIterator(
-                    dataset=self._passes._variant_tensor, iterator=self._iterator_resource
-                )
-            batch = super().__next__()
-            if begins and self._opened.count == self._before + 1:
-                self._queue = self._opened.newest()
-            return batch
-
-    return InPython
+    def _next(self) -> Any:
+        if self._queue is not None and tf.executing_eagerly():
+            with contextlib.suppress(tf.errors.OpError):
+                return self._queue.take()
+            self._queue = None
+        if self._passes is not None or not tf.executing_eagerly():
+            return super().__next__()
+        # Of an endless pass a batch that is taken ahead would never come to a loop.
+        self._begin(self._here())
+        before = self._opened.count
+        batch = super().__next__()
+        # If others have begun as well, in other threads, it is not known whose is whose.
+        if self._opened.count == before + 1:
+            self._queue = self._opened.newest()
+        return batch
 
 
 @contextlib.contextmanager

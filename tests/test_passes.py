@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 
 from labkit import MnistDataGenerator, QueueRunner, WorkerError
-from labkit.passes import as_in_fit
 from labkit.quiet import tf
 from tests.consumers import in_graph
 from tests.programs import run_program
@@ -143,7 +142,7 @@ def test_one_batch_is_taken_ahead_of_a_step_and_none_of_a_loop():
     """A step of `fit` overlaps with it; of an endless pass it would never come to a loop."""
 
     def watched(iterator):
-        as_in_fit(iterator)
+        iterator.as_in_fit()
         return next(iterator)
 
     def in_queue(ended):
@@ -162,6 +161,31 @@ def test_one_batch_is_taken_ahead_of_a_step_and_none_of_a_loop():
             assert in_queue(lambda left=left: runner.depth() <= left) == left
             taken += iterator
             assert len(samples_of(taken)) == 72
+
+
+def test_an_error_behind_the_last_batch_that_a_step_took_is_not_lost():
+    """It is not told to who reads ahead: the next pass has it, also without a `with` block."""
+
+    all_taken = threading.Event()
+
+    def late(epoch):
+        yield from batches_of(5)(0, 1, epoch)
+        if epoch == 0 and all_taken.wait(20):
+            raise ValueError("behind all of them")
+
+    runner = QueueRunner(late, 8, 1, capacity=128, min_after_dequeue=0)
+    step = tf.function(lambda some: next(some))
+    iterator = iter(runner.dataset())
+    for _ in range(5):
+        step(iterator)
+    all_taken.set()
+    ends = time.monotonic() + 20
+    while runner.error is None and time.monotonic() < ends:
+        time.sleep(0.02)
+    time.sleep(0.1)  # for one who reads ahead
+    with pytest.raises((WorkerError, tf.errors.OpError), match="behind all of them"):
+        list(runner.dataset())
+    runner.stop()
 
 
 def test_of_two_iterators_alive_the_older_one_is_told(workers):

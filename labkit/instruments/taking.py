@@ -4,7 +4,7 @@ import functools
 import time
 from typing import Any
 
-from labkit.passes import as_in_fit, untuned
+from labkit.passes import InPython, untuned
 from labkit.quiet import tf
 
 _AT_ONCE, _READY_EVERY = 10, 15  # takes of one that is ready: 10 at the start, then one of 15
@@ -24,7 +24,8 @@ class Taker:
         self.number = model.steps_per_execution
         self.one_device = isinstance(iterator, tf.data.Iterator)
         self.spec = iterator.element_spec
-        as_in_fit(iterator)
+        if isinstance(iterator, InPython):
+            iterator.as_in_fit()
         self.held = 0
         self._ahead: Any = None
         self._over = False
