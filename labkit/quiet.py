@@ -8,13 +8,13 @@ import os
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 
 @contextmanager
 def stderr_held_back() -> Iterator[None]:
     """Swallows what native code writes to file descriptor 2; an exception brings it back."""
-    if os.environ.get("TF_CPP_MIN_LOG_LEVEL") in ("0", "1") or "tensorflow" in sys.modules:
+    if os.environ.get("TF_CPP_MIN_LOG_LEVEL") in ("0", "1"):
         yield
         return
     sys.stderr.flush()
@@ -33,7 +33,7 @@ def stderr_held_back() -> Iterator[None]:
             os.close(saved)
 
 
-with stderr_held_back():
+with nullcontext() if "tensorflow" in sys.modules else stderr_held_back():
     import tensorflow as tf
 
     tf.config.list_physical_devices()  # the search for a GPU has lines of its own

@@ -129,7 +129,7 @@ class _Run:
         self, settings: dict[str, Any], factory: Callable[..., Iterable[Any]], stack: ExitStack
     ) -> None:
         from labkit.model import model_fn
-        from labkit.quiet import tf
+        from labkit.quiet import stderr_held_back, tf
 
         v1 = tf.compat.v1
         self.pipeline, self.factory, self.timer = settings["pipeline"], factory, StepTimer()
@@ -144,15 +144,15 @@ class _Run:
         inputs = self._inputs(settings, stack)
         self.training = model_fn(inputs, learning_rate=settings["learning_rate"])
         self.validation = model_fn(self.fed, reuse=True, is_train=False)
-        # One thread in each pool: the operations are too small to be worth splitting, and larger
-        # pools fight the producers for cores. 1 and 1 took one 2-core machine from 320 to 540
-        # steps/s; on another it is within 5 % of TensorFlow's own (tests/benchmarks/pools.py).
+        # One thread in each pool: the operations are too small to split, and more fight the workers
+        # for cores. 540 steps/s for 320 on one machine, the same on another (benchmarks/pools.py).
         intra, inter = settings["pools"]
         config = v1.ConfigProto(
             intra_op_parallelism_threads=intra, inter_op_parallelism_threads=inter
         )
         self.sess = stack.enter_context(v1.Session(config=config))
-        self.sess.run(v1.global_variables_initializer())
+        with stderr_held_back():  # TensorFlow 2.20 has start-up lines for its first run, too
+            self.sess.run(v1.global_variables_initializer())
         self.writers = summary_writers(settings["log_dir"], stack)
 
     def _inputs(self, settings: dict[str, Any], stack: ExitStack) -> dict[str, Any]:

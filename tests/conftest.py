@@ -3,6 +3,7 @@
 import contextlib
 import faulthandler
 import gc
+import signal
 import threading
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +16,11 @@ from labkit.data import Mnist
 from tests.consumers import in_dataset, in_graph
 
 _HANGS_AFTER = 120.0
+
+# Who starts the tests in the background, as `nohup` does, may ignore Ctrl-C, and so would each
+# program that a test starts.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def _labkit_threads() -> set[threading.Thread]:

@@ -3,10 +3,12 @@
 import pickle
 from types import SimpleNamespace
 
+import matplotlib
 import numpy as np
 import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from packaging.version import Version
 
 from labkit.instruments import plots
 from labkit.instruments.history import Epoch, History
@@ -132,7 +134,7 @@ def test_a_bound_has_its_unit(draw, unit, said):
 
 def test_the_check_finds_a_title_that_is_cut_and_texts_on_each_other():
     figure = Figure(figsize=(6, 3.6))
-    figure.subplots().set_title(LONG)
+    figure.subplots(subplot_kw={"yticks": []}).set_title(LONG)
     figure.text(0.5, 0.5, "one")
     figure.text(0.5, 0.51, "other")
     found = boxes(figure)
@@ -189,6 +191,8 @@ def test_the_check_refuses_six_titles_as_they_were_once_drawn(monkeypatch):
         refuse(draw(title), "as it is now")
     monkeypatch.setattr(plots, "_with_texts", unwrapped)
     for name, (title, draw) in OLD_TITLES.items():
+        if name == "nb03_validation" and Version(matplotlib.__version__) < Version("3.11"):
+            continue  # its axes are a little wider there, and the title just fits
         with pytest.raises(ValueError, match=rf"^{name}: the canvas cuts \['\d+ .{{9}}") as refused:
             refuse(draw(title), name)
         assert title[-20:] in str(refused.value)
