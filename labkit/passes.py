@@ -146,8 +146,7 @@ class InPython(OwnedIterator):  # type: ignore[misc]
     @property
     def _iterator_resource(self) -> tf.Tensor:
         """What TensorFlow asks for, ahead of all that it does with an iterator."""
-        if self._passes is None:
-            self._begin(self._in_functions)
+        self.as_in_fit()
         return self._made
 
     @_iterator_resource.setter
@@ -161,7 +160,8 @@ class InPython(OwnedIterator):  # type: ignore[misc]
 
     def as_in_fit(self) -> None:
         """Whoever calls `next` stands for a step of `fit`: batches come as they come to that."""
-        assert self._iterator_resource is not None
+        if self._passes is None:
+            self._begin(self._in_functions)
 
     def __next__(self) -> Any:
         batch = self._next()

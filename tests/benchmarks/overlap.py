@@ -4,10 +4,8 @@ A step sleeps, as one on a GPU would; batches of 19 MB and 100 KB come from a ge
 nothing to do. Beside labkit's, mixed and in order, a batch that is always ready.
 """
 
-import statistics
 import time
 
-import keras
 import numpy as np
 
 from labkit import QueueRunner
@@ -18,7 +16,7 @@ ROWS, STEP, STEPS, ROUNDS = 64, 0.02, 120, 5
 SIZES = {"19 MB": 19_000_000, "100 KB": 100_000}
 
 
-class Sleeping(keras.Model):
+class Sleeping(tf.keras.Model):
     def call(self, x):
         return x
 
@@ -30,7 +28,7 @@ class Sleeping(keras.Model):
         return {"loss": tf.ensure_shape(tf.numpy_function(wait, [batch[0][0, 0]], tf.float32), [])}
 
 
-class Clock(keras.callbacks.Callback):
+class Clock(tf.keras.callbacks.Callback):
     def __init__(self):
         super().__init__()
         self.ends = []
@@ -44,7 +42,7 @@ def step_of(data):
     model, clock = Sleeping(), Clock()
     model.compile()
     model.fit(data, steps_per_epoch=STEPS, verbose=0, shuffle=False, callbacks=[clock])
-    return statistics.median(np.diff(clock.ends)[20:])
+    return median(np.diff(clock.ends)[20:].tolist())
 
 
 def ours(batch, **options):
