@@ -34,8 +34,6 @@ def dataset_of_passes(
         batches: of a pass, if known.
     """
     opened = _Opened()
-    options = tf.data.Options()
-    options.experimental_optimization.inject_prefetch = False
 
     def begin() -> tuple[tf.Tensor, tf.Tensor, int]:
         queue, number = open_pass()
@@ -44,6 +42,8 @@ def dataset_of_passes(
 
     @functools.cache
     def passes(ahead: int) -> tf.data.Dataset:
+        options = tf.data.Options()
+        options.experimental_optimization.inject_prefetch = False
         with _debug_mode_off():
             made = _dataset(shape, begin, end_pass, ahead)
         return untuned(made.with_options(options))

@@ -1,4 +1,8 @@
-"""The two ways to take a runner's batches: a TensorFlow 1 loop, and a for loop over dataset()."""
+"""The two ways to take a runner's batches: a TensorFlow 1 loop, and a for loop over dataset().
+
+And how to wait for what a run comes to."""
+
+import time
 
 from labkit.quiet import tf
 
@@ -29,3 +33,10 @@ def in_dataset(runner, steps=None, seen=None):
         for batch in dataset if steps is None else dataset.take(steps):
             batches.append(tf.nest.map_structure(lambda part: part.numpy(), batch))
     return batches
+
+
+def wait_until(condition, seconds=30.0):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it never came to that"
+        time.sleep(0.005)

@@ -10,7 +10,7 @@ import pytest
 
 from labkit import MnistDataGenerator, QueueRunner, WorkerError
 from labkit.quiet import tf
-from tests.consumers import in_graph
+from tests.consumers import in_graph, wait_until
 from tests.programs import run_program
 
 v1 = tf.compat.v1
@@ -145,20 +145,15 @@ def test_one_batch_is_taken_ahead_of_a_step_and_none_of_a_loop():
         iterator.as_in_fit()
         return next(iterator)
 
-    def in_queue(ended):
-        ends = time.monotonic() + 20
-        while not ended() and time.monotonic() < ends:
-            time.sleep(0.02)
-        return runner.depth()
-
     with QueueRunner(batches_of(9), 8, 1, capacity=128, min_after_dequeue=0) as runner:
         for take, ahead in ((next, 0), (tf.function(lambda some: next(some)), 1), (watched, 1)):
             iterator = iter(runner.dataset())
             taken = [take(iterator)]
-            in_queue(lambda: runner.samples == 72)
+            wait_until(lambda: runner.samples == 72)
             time.sleep(0.1)  # for one that should not be taken
             left = 64 - 8 * ahead
-            assert in_queue(lambda left=left: runner.depth() <= left) == left
+            wait_until(lambda left=left: runner.depth() <= left)
+            assert runner.depth() == left
             taken += iterator
             assert len(samples_of(taken)) == 72
 
@@ -179,9 +174,7 @@ def test_an_error_behind_the_last_batch_that_a_step_took_is_not_lost():
     for _ in range(5):
         step(iterator)
     all_taken.set()
-    ends = time.monotonic() + 20
-    while runner.error is None and time.monotonic() < ends:
-        time.sleep(0.02)
+    wait_until(lambda: runner.error is not None)
     time.sleep(0.1)  # for one who reads ahead
     with pytest.raises((WorkerError, tf.errors.OpError), match="behind all of them"):
         list(runner.dataset())

@@ -19,7 +19,7 @@ import pytest
 import labkit
 from labkit import Component, MnistDataGenerator, QueueRunner, WorkerError
 from labkit.quiet import tf
-from tests.consumers import IN_SECONDS, in_dataset, in_graph
+from tests.consumers import IN_SECONDS, in_dataset, in_graph, wait_until
 from tests.producers import taking_turns
 
 v1 = tf.compat.v1
@@ -68,13 +68,6 @@ def fails_after(good: int, error: Exception, raised: list[float] | None = None):
 
 def labkit_threads():
     return [thread for thread in threading.enumerate() if thread.name.startswith("labkit")]
-
-
-def wait_until(condition, seconds=10.0):
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "it never came to that"
-        time.sleep(0.01)
 
 
 # -- every sample once ---------------------------------------------------------------------------

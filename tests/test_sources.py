@@ -5,7 +5,6 @@ import dataclasses
 import itertools
 import sys
 import threading
-import time
 import types
 import warnings
 
@@ -20,7 +19,7 @@ from labkit.engine.trial import chosen_kind
 from labkit.instruments import laws
 from labkit.quiet import tf
 from labkit.sources import as_factory
-from tests.consumers import in_dataset
+from tests.consumers import in_dataset, wait_until
 
 SMALL = {"capacity": 64, "min_after_dequeue": 10}
 # By value: a worker process that imported this file would import TensorFlow with it.
@@ -93,13 +92,6 @@ class Again:
 
     def __iter__(self):
         return self.batches()
-
-
-def until(condition):
-    deadline = time.monotonic() + 30
-    while not condition():
-        assert time.monotonic() < deadline, "it never came to that"
-        time.sleep(0.002)
 
 
 def flat(batches):
@@ -327,9 +319,9 @@ def test_no_epoch_ends_while_a_batch_is_read_for_it():
         for worker, epoch in ((0, 0), (1, 1))
     ]
     readers[0].start()
-    until(lambda: said)
+    wait_until(lambda: said)
     readers[1].start()
-    until(lambda: not factory.passes._open)
+    wait_until(lambda: not factory.passes._open)
     may_go_on.set()
     for reader in readers:
         reader.join(30)
