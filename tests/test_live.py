@@ -268,9 +268,9 @@ def test_waiting_is_of_all_that_measure_it_since_the_last_look():
     Counted().add(1, 2.0, 0.0, 2.0)
     Waiting().add(1, 9.0, 9.0, 9.0)  # a sum of what was counted already
     slowed = Counted(slow=1.0)
-    assert probe() == 0.0 and probe.share == pytest.approx(0.4)
+    assert probe() == pytest.approx(0.0) and probe.share == pytest.approx(0.4)
     slowed.add(1, 2.0, 1.0, 2.0)
-    assert probe() == 1.0  # waiting, and a slower step
+    assert probe() == pytest.approx(1.0)  # waiting, and a slower step
 
 
 def test_a_step_timer_counts():
