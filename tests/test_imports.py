@@ -1,5 +1,6 @@
 """The names under which readers know labkit's parts, wherever the parts live now."""
 
+import gc
 import importlib
 import os
 import subprocess
@@ -45,6 +46,21 @@ KNOWN = [
 def test_the_names_that_readers_know_are_there(program):
     # In this process too, which has all of them already.
     exec(program, {})
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_garbage_is_looked_for_afterwards_as_before(enabled):
+    from labkit.quiet import _garbage_left
+
+    before = gc.isenabled()
+    (gc.enable if enabled else gc.disable)()
+    try:
+        with pytest.raises(ImportError), _garbage_left():
+            assert not gc.isenabled()
+            raise ImportError
+        assert gc.isenabled() == enabled
+    finally:
+        (gc.enable if before else gc.disable)()
 
 
 def test_a_moved_module_is_the_module_and_no_copy():

@@ -114,6 +114,16 @@ def test_no_text_is_cut_and_none_lies_on_another(draw, title):
     assert title.split()[0] in "".join(found)
 
 
+def test_ticks_stay_apart_whatever_their_range():
+    for end in np.geomspace(0.1, 0.2, 16):  # among them those of which -0.100, -0.075 ... was seen
+        lines = {label: ([-end, end], [1, 2]) for label in ("short", "labkit raises WorkerError")}
+        figure = plots.series(lines, "Short", "each stroke: a batch", machine=MACHINE)
+        figure.axes[0].set(xlim=(-end, end))
+        figure.axes[0].set_yticks([1, 2], ["twenty lines", "labkit"])
+        assert not overlapping(boxes(figure))
+        assert len(figure.axes[0].get_xticks()) > 2
+
+
 def test_a_title_keeps_a_margin_however_long_it_is():
     for n in range(1, 13):
         figure = Figure(figsize=(8, 3.6))

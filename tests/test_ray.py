@@ -21,23 +21,14 @@ from labkit.engine import KINDS, cluster  # noqa: E402
 from labkit.engine.ray import RayPool  # noqa: E402
 from labkit.instruments import diagnosis  # noqa: E402
 from labkit.machine import usable_cores  # noqa: E402
-from tests import test_faults, test_kinds  # noqa: E402
+from tests import test_faults  # noqa: E402
 from tests.consumers import IN_SECONDS, in_dataset  # noqa: E402
 from tests.programs import run_program  # noqa: E402
 
 SMALL = {"capacity": 64, "min_after_dequeue": 8}
 _HANGS_AFTER = 300.0
 
-# The same tests as of threads and processes.
-test_passes_begin_afresh_and_end = test_kinds.test_passes_begin_afresh_and_end
-test_a_misfit_and_an_end_at_once_are_named = test_kinds.test_a_misfit_and_an_end_at_once_are_named
-test_continue_goes_on_without_the_lost_worker = (
-    test_kinds.test_continue_goes_on_without_the_lost_worker
-)
-test_a_bad_batch_is_left_out = test_kinds.test_a_bad_batch_is_left_out
-test_a_runner_is_stopped_while_its_queue_is_full = (
-    test_kinds.test_a_runner_is_stopped_while_its_queue_is_full
-)
+# The same tests as of threads and processes; the others are run by test_ray_faults.
 test_exception = test_faults.test_exception
 test_stop_while_starting = test_faults.test_stop_while_starting
 
