@@ -173,7 +173,7 @@ def test_chunks_travel_together_only_while_they_come_at_once():
     assert [number for call in calls for number in call] == list(range(30))
     slow = next(call for call in calls if 12 in call)
     assert calls[0] == [0] and calls[1] == [1] and slow[-1] == 12
-    assert max(map(len, calls)) > 1 and max(map(len, calls)) <= 8
+    assert max(map(len, calls)) > 1 and max(map(len, calls)) <= 16
     assert len(calls[calls.index(slow) + 1]) == 1
     assert producer.nbytes() >= 4 * 8
 

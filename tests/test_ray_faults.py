@@ -19,6 +19,7 @@ def default_handler():
     signal.signal(signal.SIGINT, before)
 
 
+test_exception = test_faults.test_exception
 test_first = test_faults.test_exception_at_the_very_first_batch_of_all
 test_last = test_faults.test_exception_at_the_last_batch
 test_wrong_shape = test_faults.test_wrong_shape

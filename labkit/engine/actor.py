@@ -17,7 +17,7 @@ from labkit.engine.stage import listen
 from labkit.engine.tracebacks import describe, own_frames_left_out
 
 # A call has its price: it brings chunks until they are so many, of such a size, or took this long.
-_TOGETHER, _BYTES, _SECONDS = 8, 1 << 20, 0.005
+_TOGETHER, _BYTES, _SECONDS = 16, 2 << 20, 0.005
 
 
 class Producer:

@@ -10,8 +10,9 @@ goes past the calls that wait.
 
 import collections
 import contextlib
+import functools
 import pickle
-import queue
+import threading
 import time
 import weakref
 from collections.abc import Iterator
@@ -28,6 +29,7 @@ PLACES = 3
 _OVER = 1 << 62  # a pass that never comes
 _PATIENCE, _ASK_AGAIN = 30.0, 2.0  # seconds, until an actor has a place; between two questions
 _START = 60.0  # seconds, that an actor's start may take and do not count as a batch's
+_POLL = 0.02  # seconds, since Ray's own wait cannot be interrupted
 _IN_VAIN = 3  # times that it is started anew, where it is lost before it has a place
 _AGAIN = 1.0  # second, since Ray believes for a while in a machine that is gone
 _CLEAN_UP = 0.5  # seconds, for the iterators' own
@@ -39,10 +41,10 @@ class _Actor:
     """The driver's side of one of them."""
 
     def __init__(self, handle: Any, life: int, where: Any, begin: Any, vain: int) -> None:
-        self.handle, self.life, self._where = handle, life, where
+        self.handle, self.life, self._where, self._node = handle, life, where, ""
         self.begin = begin  # pass, and its chunk
         self.vain = vain  # so many before it in this life were lost without a place
-        self.calls: collections.deque[tuple[int, Any]] = collections.deque()  # passes, and futures
+        self.calls: collections.deque[tuple[int, Any]] = collections.deque()  # passes, and refs
         self.idle = 0  # places whose calls found nothing to bring
         self.gone = False
         self.since = self.asked = time.monotonic()
@@ -50,9 +52,10 @@ class _Actor:
     @property
     def node(self) -> str:
         """Where it runs; "" as long as it has no place, or did not answer."""
-        if self._where.done() and not self._where.exception():
-            return str(self._where.result())
-        return ""
+        if not self._node:
+            with contextlib.suppress(Exception):
+                self._node = str(self._where())
+        return self._node
 
 
 class RayPool(Pool):
@@ -63,8 +66,8 @@ class RayPool(Pool):
     there (or in runtime_env). A worker asks for one CPU, unless `job.options` say otherwise: those
     are an actor's (num_cpus, resources, runtime_env, scheduling_strategy, ...), and `address`.
 
-    Small chunks that come quickly travel several at a time: where one then takes long, up to 7 that
-    were made just before it wait for it, and are lost with it if its actor dies.
+    Small chunks that come quickly travel several at a time: where one then takes long, up to 15
+    that were made just before it wait for it, and are lost with it if its actor dies.
 
     Without a cluster, Ray is started here for as long as this process lives. Its servers (GCS,
     raylet, object manager, agents and each worker, on ports that they draw) listen on all
@@ -89,7 +92,7 @@ class RayPool(Pool):
         self._actors: list[_Actor] = []
         self._waiting: set[int] = set()  # of whose place nothing is known
         self._head = cluster.Head(self._ray)
-        self._came: queue.SimpleQueue[int | None] = queue.SimpleQueue()  # whose call is done
+        self._woken = threading.Event()
         _POOLS.add(self)
 
     def _start(self, worker: int, life: int, begin: int) -> None:
@@ -103,8 +106,7 @@ class RayPool(Pool):
         actor = self._ray.remote(concurrency_groups={"aside": 1})(Producer)
         orders = worker, self.spec, job.stages, job.skip, begin
         handle = actor.options(**self._options).remote(self._packed, orders)
-        where = handle.where.options(**_ASIDE).remote().future()
-        where.add_done_callback(lambda _: self._came.put(None))
+        where = functools.partial(self._ray.get, handle.where.options(**_ASIDE).remote(), timeout=0)
         new = _Actor(handle, life, where, (self.epoch, begin), vain)
         self._actors[worker : worker + 1] = [new]
         self._waiting.add(worker)
@@ -112,34 +114,48 @@ class RayPool(Pool):
             self._call(worker)
 
     def _call(self, worker: int) -> None:
-        actor, came = self._actors[worker], self._came
+        actor = self._actors[worker]
         # A call without a cluster would start one.
         if actor.gone or self._stopping or not self._ray.is_initialized():
             return
-        future = actor.handle.next.remote(self.epoch).future()
-        actor.calls.append((self.epoch, future))
-        future.add_done_callback(lambda _: came.put(worker))
+        actor.calls.append((self.epoch, actor.handle.next.remote(self.epoch)))
 
     def _receive(self, seconds: float) -> list[Message]:
         self._head.look()
         messages: list[Message] = []
-        try:
-            came = self._came.get(timeout=seconds) if seconds else self._came.get_nowait()
-            while True:
-                messages += () if came is None else self._done_by(came)
-                came = self._came.get_nowait()
-        except queue.Empty:
-            pass
-        messages += filter(None, map(self._without_a_place, [*self._waiting]))
+        end = time.monotonic() + seconds
+        while not messages:
+            done = self._done(max(0.0, min(_POLL, end - time.monotonic())))
+            for worker in range(len(self._actors) if done else 0):
+                messages += self._done_by(worker, done)
+            messages += filter(None, map(self._without_a_place, [*self._waiting]))
+            if self._woken.is_set() or time.monotonic() >= end:
+                break
+        self._woken.clear()
         return messages
 
-    def _done_by(self, worker: int) -> Iterator[Message]:
+    def _done(self, seconds: float) -> set[Any]:
+        """Calls of all actors that are done; waits up to `seconds` for one that is next. Not by
+        futures, whose results Ray unpacks in a thread that all others then wait for."""
+        living = [actor for actor in self._actors if actor.calls and not actor.gone]
+        if not living or not self._ray.is_initialized():
+            self._woken.wait(seconds)
+            return set()
+        refs = [ref for actor in living for _, ref in actor.calls]
+        # All of them, so that they travel to this machine at once.
+        done = set(self._ray.wait(refs, num_returns=len(refs), timeout=0)[0])
+        heads = [actor.calls[0][1] for actor in living]
+        if seconds and done.isdisjoint(heads):
+            done |= set(self._ray.wait(heads, timeout=seconds)[0])
+        return done
+
+    def _done_by(self, worker: int, done: set[Any]) -> Iterator[Message]:
         """In the order of the calls: a small result may be here before a large one ahead of it."""
         actor = self._actors[worker]
-        while not actor.gone and actor.calls and actor.calls[0][1].done():
-            epoch, future = actor.calls.popleft()
+        while not actor.gone and actor.calls and actor.calls[0][1] in done:
+            epoch, ref = actor.calls.popleft()
             try:
-                told = future.result()
+                told = self._ray.get(ref)
             except BaseException as error:
                 if not self._again(worker):
                     yield self._lost(worker, error)
@@ -263,7 +279,7 @@ class RayPool(Pool):
         return None
 
     def wake(self) -> None:
-        self._came.put(None)
+        self._woken.set()
 
     def _end(self, seconds: float) -> list[str]:
         deadline = time.monotonic() + seconds
@@ -279,10 +295,10 @@ class RayPool(Pool):
             self._kill(actor)
         if here:
             # Their last calls fail once they are gone.
-            last = [future for actor in living for _, future in actor.calls]
-            from concurrent.futures import wait  # a worker process would import logging with it
-
-            wait(last, max(0.0, deadline - time.monotonic()))
+            last = [ref for actor in living for _, ref in actor.calls]
+            if last:
+                rest = max(0.0, deadline - time.monotonic())
+                self._ray.wait(last, num_returns=len(last), timeout=rest, fetch_local=False)
         self._actors.clear()
         self._packed = None
         return []

@@ -1,9 +1,10 @@
 """What Ray costs: `python -m tests.benchmarks.ray [--seconds S] [--rounds N]`. Interleaved.
 
-Batches/s of one worker that only hands out an array: of 100 KB and of 19 MB. By labkit's actors and
-its processes (`dataset()`; and their pools alone), by Ray Data's `iter_tf_batches` on the same
-generator (needs `tests/benchmarks/requirements.txt`), and by bare `ray.get` of an actor's results,
-three calls ahead. All on one machine: this is overhead, not scale.
+Batches/s of one worker that only hands out an array: of 100 KB and of 19 MB, on the consumer's node
+and on another. By labkit's actors and its processes (`dataset()`; and their pools alone), by Ray
+Data's `iter_tf_batches` on the same generator (needs `tests/benchmarks/requirements.txt`), and by
+bare `ray.get` of an actor's results, three calls ahead. Both nodes are this one machine: this is
+overhead, not scale.
 """
 
 import argparse
@@ -15,6 +16,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
+import psutil
 
 from labkit import QueueRunner
 from labkit.engine import KINDS, cluster
@@ -25,7 +27,8 @@ from tests.benchmarks.common import median, spread, write
 
 ROWS = 32
 SIZES = {"100 KB": 100_000, "19 MB": 19_000_000}
-SETTLE = 20  # batches: more than lie ready
+SETTLE = 20  # batches: more than lie ready; and as many seconds as are counted: memory is cold
+STORE = 600 << 20  # bytes, of each node
 
 
 def factory_of(nbytes: int) -> Callable[[], Iterator[Any]]:
@@ -37,21 +40,24 @@ def factory_of(nbytes: int) -> Callable[[], Iterator[Any]]:
     return batches
 
 
-def through_runner(workers: Any, nbytes: int) -> Iterator[Any]:
+def through_runner(workers: Any, nbytes: int, there: dict[str, Any]) -> Iterator[Any]:
     settings: dict[str, Any] = {"capacity": 4 * ROWS, "shuffle": False}
+    if workers == "ray":
+        settings["worker_options"] = there
     with QueueRunner(factory_of(nbytes), ROWS, 1, workers, **settings) as runner:
         yield from runner.dataset()
 
 
-def through_pool(workers: str, nbytes: int) -> Iterator[Any]:
-    pool = KINDS[workers].pool(Job(IteratorFactory(factory_of(nbytes), 1)))
+def through_pool(workers: str, nbytes: int, there: dict[str, Any]) -> Iterator[Any]:
+    options = there if workers == "ray" else None
+    pool = KINDS[workers].pool(Job(IteratorFactory(factory_of(nbytes), 1), options=options))
     try:
         yield from (chunk for chunk in delivered(pool, 0.1) if chunk is not None and chunk.last)
     finally:
         pool.stop()
 
 
-def through_ray_data(nbytes: int) -> Iterator[Any]:
+def through_ray_data(nbytes: int, there: dict[str, Any]) -> Iterator[Any]:
     import ray.data
 
     ray.data.DataContext.get_current().enable_progress_bars = False
@@ -60,11 +66,11 @@ def through_ray_data(nbytes: int) -> Iterator[Any]:
     def batches(_: Any) -> Iterator[Any]:
         return ({"x": x} for (x,) in itertools.islice(make(), 100_000))
 
-    data = ray.data.range(1, override_num_blocks=1).map_batches(batches, batch_size=1)
+    data = ray.data.range(1, override_num_blocks=1).map_batches(batches, batch_size=1, **there)
     yield from data.iter_tf_batches(batch_size=ROWS, prefetch_batches=2)
 
 
-def by_hand(nbytes: int) -> Iterator[Any]:
+def by_hand(nbytes: int, there: dict[str, Any]) -> Iterator[Any]:
     ray = cluster.imported()
 
     class Hand:
@@ -74,7 +80,7 @@ def by_hand(nbytes: int) -> Iterator[Any]:
         def next(self) -> Any:
             return next(self.made)
 
-    hand = ray.remote(num_cpus=0)(Hand).remote(factory_of(nbytes))
+    hand = ray.remote(**there)(Hand).remote(factory_of(nbytes))
     ahead = [hand.next.remote() for _ in range(PLACES)]
     try:
         while True:
@@ -84,7 +90,7 @@ def by_hand(nbytes: int) -> Iterator[Any]:
         ray.kill(hand)
 
 
-CONTESTANTS: dict[str, Callable[[int], Iterator[Any]]] = {
+CONTESTANTS: dict[str, Callable[[int, dict[str, Any]], Iterator[Any]]] = {
     "labkit ray": functools.partial(through_runner, "ray"),
     "labkit processes": functools.partial(through_runner, "process"),
     "labkit ray, its pool": functools.partial(through_pool, "ray"),
@@ -96,8 +102,10 @@ CONTESTANTS: dict[str, Callable[[int], Iterator[Any]]] = {
 
 def rate(batches: Iterator[Any], seconds: float) -> float:
     with contextlib.closing(batches):  # type: ignore[type-var]
-        for _ in range(SETTLE):
+        began, count = time.perf_counter(), 0
+        while time.perf_counter() - began < seconds or count < SETTLE:
             next(batches)
+            count += 1
         began, count = time.perf_counter(), 0
         while (took := time.perf_counter() - began) < seconds:
             next(batches)
@@ -105,19 +113,36 @@ def rate(batches: Iterator[Any], seconds: float) -> float:
         return count / took
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--seconds", type=float, default=2.0, help="counted, of each run")
-    parser.add_argument("--rounds", type=int, default=3)
-    args = parser.parse_args()
-    cluster.connect("local", lambda: None)
+def await_quiet() -> None:
+    """Until Ray has ended what the run before has left: it uses less than a tenth of a core."""
+
+    def used() -> float:
+        mine = psutil.Process().children(recursive=True)
+        times = []
+        for process in mine:
+            with contextlib.suppress(psutil.Error):
+                times.append(sum(process.cpu_times()[:2]))
+        return sum(times)
+
+    for _ in range(20):
+        before = used()
+        time.sleep(0.5)
+        if used() - before < 0.05:
+            return
+
+
+def measure(there: dict[str, Any], args: argparse.Namespace) -> dict[str, Any]:
+    """By size, what each contestant comes to whose worker has these options of an actor."""
     results: dict[str, Any] = {}
     for size, nbytes in SIZES.items():
         rates: dict[str, list[float]] = {name: [] for name in CONTESTANTS}
-        for _ in range(args.rounds):
-            for name, batches in CONTESTANTS.items():
+        for number in range(args.rounds):
+            order = list(CONTESTANTS.items())
+            shift = number * len(order) // args.rounds
+            for name, batches in order[shift:] + order[:shift]:
+                await_quiet()
                 try:
-                    rates[name].append(rate(batches(nbytes), args.seconds))
+                    rates[name].append(rate(batches(nbytes, there), args.seconds))
                 except ImportError as error:
                     print(f"{name}: left away ({error})")
         bare, ours = rates["bare ray.get"], rates["labkit ray"]
@@ -134,6 +159,25 @@ def main() -> None:
         for name, its in results[size].items():
             per_second, of_bare = its["batches_per_second"], its["over_bare"]
             print(f"{size:7} {name:29} {per_second:7.1f} batches/s, {of_bare:.2f} of bare ray.get")
+    return results
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--seconds", type=float, default=2.0, help="counted, of each run")
+    parser.add_argument("--rounds", type=int, default=3)
+    args = parser.parse_args()
+    results: dict[str, Any] = {}
+    with cluster.local_nodes(2, cores=2, store=STORE) as nodes:
+        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+        for where, node in (
+            ("the consumer's node", nodes.head_node),
+            ("another node", *nodes.worker_nodes),
+        ):
+            print(f"The worker is on {where}:")
+            affine = NodeAffinitySchedulingStrategy(node.node_id, soft=False)
+            results[where] = measure({"num_cpus": 1, "scheduling_strategy": affine}, args)
     write("benchmark_ray", results)
 
 
