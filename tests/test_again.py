@@ -41,6 +41,7 @@ def notebook(folder, name, claim):
     nbformat.write(book, folder / f"{name}.ipynb")
 
 
+@pytest.mark.slow  # five kernels
 def test_a_notebook_that_fails_runs_once_more_and_the_summary_says_so(folder):
     """One that fails twice fails, and a test that fails runs once."""
     notebook(folder, "lucky", "assert len(runs.read_text()) == 2")

@@ -223,9 +223,9 @@ def same(before, after):
     [
         pytest.param(sequential, "x y", marks=pytest.mark.slow),
         (functional_of_a_dict, "dict"),
-        (subclass_of_a_pair, "pair y weights"),
+        pytest.param(subclass_of_a_pair, "pair y weights", marks=pytest.mark.slow),
         pytest.param(own_loss, "x", marks=pytest.mark.slow),
-        (two_optimizers, "array"),
+        pytest.param(two_optimizers, "array", marks=pytest.mark.slow),
     ],
 )
 def test_an_unbuilt_model_is_as_good_as_new_afterwards(make, form, few_settings):

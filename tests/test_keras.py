@@ -62,8 +62,14 @@ def fitted(path, *callbacks, prefetch=0, repeat=False, steps=None, samples=None,
     ("stop_at", "options"),
     [
         (20, {}),  # of an unknown length: 14 and 14 steps
-        (5, {"execution": 4, "eager": False, "prefetch": 4, "samples": 80}),
-        (13, {"repeat": True, "steps": 9, "samples": 80, "prefetch": 2}),  # passes end in epochs
+        pytest.param(
+            5,
+            {"execution": 4, "eager": False, "prefetch": 4, "samples": 80},
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(  # passes end in epochs
+            13, {"repeat": True, "steps": 9, "samples": 80, "prefetch": 2}, marks=pytest.mark.slow
+        ),
     ],
 )
 def test_what_was_stopped_goes_on_at_the_same_step(tmp_path, stop_at, options):

@@ -139,13 +139,8 @@ def test_a_notebook_that_is_opened_and_saved_stays_as_it_was(name):
     assert not timed, "make it again as CONTRIBUTING.md says"
 
 
-# In every run: graphs, faults and processes. nbmake runs them all once.
-OFTEN = ("06_when_things_break",)
-
-
-@pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=() if n in OFTEN else pytest.mark.slow) for n in SMALL]
-)
+@pytest.mark.slow  # nbmake runs them all once
+@pytest.mark.parametrize("name", SMALL)
 def test_run_all_again_and_after_an_interrupt(name, kernel, tmp_path):
     book = nbformat.read(NOTEBOOKS / f"{name}.ipynb", 4)
     code = [cell for cell in book.cells if cell.cell_type == "code"]

@@ -443,6 +443,7 @@ print(Steps.counts, losses[0] == losses[1], [epoch.steps for epoch in kept.epoch
 """
 
 
+@pytest.mark.slow  # a program that compiles four training steps
 def test_under_a_mirrored_strategy_each_epoch_is_whole_and_watch_changes_no_loss(tmp_path):
     done = run_program(STRATEGY, tmp_path)
     expected = f"{[20] * 6} True [19, 20]"
