@@ -124,6 +124,7 @@ with labkit.QueueRunner(Mine().batches, 2, 2, "process", **small) as runner:
 EXPECTED = str(sorted(3 * (number // 2) for number in range(16)))
 
 
+@pytest.mark.slow  # of its own program and a child; test_lifetime has a program without a guard
 def test_a_class_of_the_main_script_travels_without_a_main_guard_and_in_a_child_too(tmp_path):
     """Like a notebook: the script has no `if __name__ == "__main__"` and must not run again, but
     by a child of multiprocessing, which runs it before its target."""
