@@ -1,6 +1,7 @@
 """Which Ray cluster: addresses where none answers, and what is asked of one. None is started."""
 
 import contextlib
+import functools
 import socket
 import threading
 import time
@@ -18,7 +19,7 @@ from labkit.engine import KINDS, cluster  # noqa: E402
 from labkit.engine.actor import Producer  # noqa: E402
 from labkit.engine.pickling import pack_factory  # noqa: E402
 from labkit.engine.produce import IteratorFactory  # noqa: E402
-from labkit.engine.ray import RayPool  # noqa: E402
+from labkit.engine.ray import RayPool, _Actor  # noqa: E402
 
 
 @pytest.fixture(autouse=True)
@@ -176,6 +177,18 @@ def test_chunks_travel_together_only_while_they_come_at_once():
     assert max(map(len, calls)) > 1 and max(map(len, calls)) <= 16
     assert len(calls[calls.index(slow) + 1]) == 1
     assert producer.nbytes() >= 4 * 8
+
+
+def test_without_a_cluster_no_actor_is_asked_for_its_place(monkeypatch):
+    """As after ray.shutdown(): the question would start a cluster."""
+    asked = []
+    monkeypatch.setattr(ray, "get", lambda *ref, timeout: asked.append(ref) or "there")
+    pool = RayPool.__new__(RayPool)
+    pool._ray = ray
+    actor = _Actor(None, 0, functools.partial(pool._peek, object()), (0, 0), 0)
+    assert actor.node == "" and not asked
+    monkeypatch.setattr(ray, "is_initialized", lambda: True)
+    assert actor.node == actor.node == "there" and len(asked) == 1
 
 
 def test_what_the_object_store_has_no_room_for_is_told_with_both_sizes(monkeypatch):

@@ -106,7 +106,7 @@ class RayPool(Pool):
         actor = self._ray.remote(concurrency_groups={"aside": 1})(Producer)
         orders = worker, self.spec, job.stages, job.skip, begin
         handle = actor.options(**self._options).remote(self._packed, orders)
-        where = functools.partial(self._ray.get, handle.where.options(**_ASIDE).remote(), timeout=0)
+        where = functools.partial(self._peek, handle.where.options(**_ASIDE).remote())
         new = _Actor(handle, life, where, (self.epoch, begin), vain)
         self._actors[worker : worker + 1] = [new]
         self._waiting.add(worker)
@@ -120,13 +120,18 @@ class RayPool(Pool):
             return
         actor.calls.append((self.epoch, actor.handle.next.remote(self.epoch)))
 
+    def _peek(self, ref: Any) -> Any:
+        """What a call has brought; raises if it is not done. "" without a cluster: it would start
+        one."""
+        return self._ray.get(ref, timeout=0) if self._ray.is_initialized() else ""
+
     def _receive(self, seconds: float) -> list[Message]:
         self._head.look()
         messages: list[Message] = []
         end = time.monotonic() + seconds
         while not messages:
             done = self._done(max(0.0, min(_POLL, end - time.monotonic())))
-            for worker in range(len(self._actors) if done else 0):
+            for worker in range(len(self._actors)):
                 messages += self._done_by(worker, done)
             messages += filter(None, map(self._without_a_place, [*self._waiting]))
             if self._woken.is_set() or time.monotonic() >= end:
