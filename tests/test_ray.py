@@ -18,7 +18,7 @@ ray = pytest.importorskip("ray")
 
 from labkit import QueueRunner, WorkerError, diagnose  # noqa: E402
 from labkit.engine import KINDS, cluster  # noqa: E402
-from labkit.engine.ray import _POOLS, RayPool  # noqa: E402
+from labkit.engine.ray import _ASIDE, _POOLS, RayPool  # noqa: E402
 from labkit.instruments import diagnosis  # noqa: E402
 from labkit.machine import usable_cores  # noqa: E402
 from tests import test_faults  # noqa: E402
@@ -247,7 +247,7 @@ def _first_noticed(handle, noticed):
     """Asks an actor until Ray says that it is gone, and notes when."""
     try:
         while True:
-            ray.get(handle.nbytes.options(concurrency_group="aside").remote())
+            ray.get(handle.nbytes.options(**_ASIDE).remote())
             time.sleep(0.005)
     except ray.exceptions.RayActorError:
         noticed.append(time.monotonic())

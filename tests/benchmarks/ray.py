@@ -23,6 +23,7 @@ from labkit.engine import KINDS, cluster
 from labkit.engine.pool import Job, delivered
 from labkit.engine.produce import IteratorFactory
 from labkit.engine.ray import PLACES
+from labkit.instruments.race import group
 from tests.benchmarks.common import median, spread, write
 
 ROWS = 32
@@ -115,19 +116,11 @@ def rate(batches: Iterator[Any], seconds: float) -> float:
 
 def await_quiet() -> None:
     """Until Ray has ended what the run before has left: it uses less than a tenth of a core."""
-
-    def used() -> float:
-        mine = psutil.Process().children(recursive=True)
-        times = []
-        for process in mine:
-            with contextlib.suppress(psutil.Error):
-                times.append(sum(process.cpu_times()[:2]))
-        return sum(times)
-
     for _ in range(20):
-        before = used()
+        theirs = psutil.Process().children(recursive=True)
+        before = group.cpu_of(theirs)
         time.sleep(0.5)
-        if used() - before < 0.05:
+        if group.cpu_of(theirs) - before < 0.05:
             return
 
 
