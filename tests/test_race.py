@@ -218,6 +218,17 @@ def test_who_does_not_run_is_named_with_the_reason(monkeypatch):
     assert alone.startswith("labkit.race: 1 row, 1 contestant, 1 round: 3 runs, about ")
 
 
+def test_the_version_of_a_package_that_comes_in_parts(monkeypatch, tmp_path):
+    for part in ("parted_io", "parted_core"):  # as SPDL is, where its parts alone were installed
+        told = tmp_path / f"{part}-1.2.dist-info"
+        told.mkdir()
+        (told / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {part}\nVersion: 1.2\n")
+        (told / "top_level.txt").write_text("parted\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    of = {package: Contestant("mine", row, package=package).version for package in ("parted", "?")}
+    assert of == {"parted": "parted_core 1.2, parted_io 1.2", "?": "?"}
+
+
 def test_rows_and_contestants_are_picked_by_parts_of_their_names():
     rows = [work.Row(name, work.Numbered(), (1, 4)) for name in ("sleep 5 ms", "sleep 50 ms")]
     wanted = (("sleep 50", {"sleep 50 ms": (1, 4)}), ("sleep:4", {r.name: (4,) for r in rows}))

@@ -14,6 +14,8 @@
 
     copies:  memory.py, aligned as TensorFlow wants it, and warm
 
+    a moment without batches, for `watch`:  rest.py
+
     a known order:  turns.py, order.py; record.py notes what came, and state.py goes on from that
 
     several trainers of one data set:  shares.py

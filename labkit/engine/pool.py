@@ -20,6 +20,7 @@ from labkit.engine import interrupts
 from labkit.engine.batches import Spec
 from labkit.engine.messages import Chunk, Ended, Lost, Message, Skipped
 from labkit.engine.produce import IteratorFactory
+from labkit.engine.rest import rest
 
 _LOOK = 0.1  # seconds between two looks for a worker that is late
 
@@ -252,7 +253,7 @@ class Pool(ABC):
         for worker, state in enumerate(self._states[: self.active]):
             idle = state.ended or state.lost or state.unheard
             idle = idle or state.taken >= self._room(worker)
-            if not idle and now - state.since > timeout:
+            if not idle and now - max(state.since, rest.until) > timeout:
                 state.ended = state.lost = True
                 self.factory.late(worker)
                 return Lost(

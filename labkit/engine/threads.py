@@ -9,6 +9,7 @@ import traceback
 from labkit.engine.messages import Chunk, Ended, Lost, Message, Skipped
 from labkit.engine.pool import Job, Pool
 from labkit.engine.produce import LeftOut, Made, produce
+from labkit.engine.rest import rest
 from labkit.engine.stage import listen
 from labkit.engine.tracebacks import describe, own_frames_left_out, readable
 
@@ -83,6 +84,7 @@ class ThreadPool(Pool):
                         break
                     self._messages.put(_message(worker, epoch, made, life))
                     del made
+                    rest.wait()
                 else:
                     self._messages.put(Ended(worker, epoch, life))
                     seat.await_pass_after(epoch)
@@ -122,6 +124,7 @@ class ThreadPool(Pool):
         return _lines_of(newest)
 
     def _end(self, seconds: float) -> list[str]:
+        rest.end()
         for seat in self._seats:
             seat.begin(None)
         deadline = time.monotonic() + seconds

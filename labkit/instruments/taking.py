@@ -4,6 +4,7 @@ import functools
 import time
 from typing import Any
 
+from labkit.engine.rest import rest
 from labkit.passes import InPython, untuned
 from labkit.quiet import tf
 
@@ -53,6 +54,7 @@ class Taker:
         if self.held:
             self.held -= 1
             return self._ahead
+        rest.end()
         self._ahead = None
         if self._error is not None:
             error, self._error = self._error, None
@@ -72,6 +74,7 @@ class Taker:
         except Exception as error:
             self._error = error
         else:
+            rest.begin()
             _until_at_rest()
         self.held = -(-len(batches) // self.number)
         self._ahead = iter(batches)

@@ -5,7 +5,7 @@ import inspect
 import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, packages_distributions, version
 from importlib.util import find_spec
 from typing import Any
 
@@ -57,7 +57,13 @@ class Contestant:
 
     @property
     def version(self) -> str:
-        return f"{self.package} {version(self.package)}" if self.package else ""
+        if not self.package:
+            return ""
+        try:
+            return f"{self.package} {version(self.package)}"
+        except PackageNotFoundError:  # it comes in parts of other names, as spdl_core and spdl_io
+            parts = sorted(set(packages_distributions().get(self.package, ())))
+            return ", ".join(f"{part} {version(part)}" for part in parts) or self.package
 
     def missing(self) -> str:
         """Why it cannot run on this machine; "" if it can."""
