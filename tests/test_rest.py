@@ -2,12 +2,14 @@
 
 import threading
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 import labkit
 from labkit import QueueRunner
+from labkit.engine import auto
 from labkit.engine import rest as engine_rest
 from labkit.engine.rest import rest
 from labkit.quiet import tf
@@ -81,6 +83,22 @@ def test_a_runner_stops_while_its_threads_rest(monkeypatch):
         time.sleep(0.1)
     assert not [one for one in threading.enumerate() if one.name.startswith("labkit worker")]
     assert time.monotonic() < until
+
+
+def test_a_moment_of_rest_says_nothing_of_how_many_workers_to_have(monkeypatch):
+    now, scaler = [100.0], auto.Scaler(8)
+    monkeypatch.setattr(auto, "time", SimpleNamespace(monotonic=lambda: now[0]))
+
+    def decides_within(seconds):
+        for _ in range(20):
+            now[0] += seconds / 20
+            if scaler.note(0, 0, SIZE, 0.01):
+                return True
+        return False
+
+    assert not decides_within(0.6) and decides_within(0.6)
+    monkeypatch.setattr(rest, "until", now[0])
+    assert not decides_within(0.6) and decides_within(0.6)
 
 
 def test_watch_lets_them_rest_for_the_steps_it_took_batches_ahead_for():

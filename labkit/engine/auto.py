@@ -3,6 +3,7 @@
 import math
 import time
 
+from labkit.engine.rest import rest
 from labkit.machine import usable_cores as usable_cores
 
 _WINDOW, _PATIENCE = 0.7, 3.0  # seconds
@@ -32,6 +33,8 @@ class Scaler:
         """Counts a chunk of `samples` that took its worker `seconds`; True when it is time to
         `decide`. `newest` is the last of the workers that are to produce."""
         now = time.monotonic()
+        if self.began and self.began < rest.until:  # in which threads make no batch
+            self._wait_for_newest()
         if not self.began:
             # Before the newest worker delivers, the rate is not that of `count` workers.
             if worker >= newest or now - self.since > _PATIENCE:
