@@ -14,21 +14,20 @@ class Rest:
     """
 
     def __init__(self) -> None:
-        self.until = 0.0
-        self._over = threading.Event()
-        self._over.set()
+        self.until, self._over = 0.0, threading.Event()
 
     def begin(self) -> None:
-        self.until = time.monotonic() + _LONGEST
         self._over.clear()
+        self.until = time.monotonic() + _LONGEST
 
     def end(self) -> None:
         self.until = min(self.until, time.monotonic())
         self._over.set()
 
     def wait(self) -> None:
-        if not self._over.is_set():
-            self._over.wait(max(0.0, self.until - time.monotonic()))
+        left = self.until - time.monotonic()
+        if left > 0:
+            self._over.wait(left)
 
 
 rest = Rest()
