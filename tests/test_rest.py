@@ -86,6 +86,7 @@ def test_a_runner_stops_while_its_threads_rest(monkeypatch):
 
 
 def test_a_moment_of_rest_says_nothing_of_how_many_workers_to_have(monkeypatch):
+    monkeypatch.setattr(rest, "until", 0.0)
     now, scaler = [100.0], auto.Scaler(8)
     monkeypatch.setattr(auto, "time", SimpleNamespace(monotonic=lambda: now[0]))
 
