@@ -278,6 +278,25 @@ def test_lost_is_waiting_and_what_steps_are_slower():
     assert total([lost, Waiting(100, 1.0, 0.1, 1.0, 100)]).share == pytest.approx(0.25)
 
 
+def test_of_a_batch_that_is_waited_for_the_whole_time_counts():
+    taker = taking.Taker(iter(dataset()), SimpleNamespace(steps_per_execution=1))
+    taker._ready_seconds, taker._ready_takes = 0.002, 10
+    assert taker.waited(0.0003) == pytest.approx(0.0001)
+    assert taker.waited(0.0001) == pytest.approx(-0.0001)
+    assert taker.waited(0.001) == 0.001
+
+
+def test_python_between_two_steps_counts_where_making_data_slows_it():
+    class Slowed(tf.keras.callbacks.Callback):
+        def on_train_batch_end(self, batch, logs=None):
+            time.sleep(0.0 if kept._taker.held else 0.02)
+
+    kept, model = labkit.watch(), new_model()
+    callbacks = [kept, Slowed()]
+    model.fit(counted(LONG + 2 * BESIDE), verbose=0, callbacks=callbacks)
+    assert kept._slowing.known and kept.epochs[0].share > 0.4
+
+
 @pytest.mark.parametrize("shapes", ["alike", "unlike"])
 def test_large_batches_are_held_in_small_numbers_and_of_any_shape(shapes, monkeypatch):
     monkeypatch.setattr(taking, "_MOST_BYTES", 1 + 9 * X[:SIZE].nbytes)

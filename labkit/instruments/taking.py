@@ -9,6 +9,7 @@ from labkit.passes import InPython, untuned
 from labkit.quiet import tf
 
 _AT_ONCE, _READY_EVERY = 10, 15  # takes of one that is ready: 10 at the start, then one of 15
+_WAITS = 2.0  # times as long as one that is ready
 _MOST_BYTES = 1 << 28  # held at a time
 _LOOK, _LONGEST, _AT_REST = 0.01, 0.15, 0.1  # seconds, seconds, of a core
 
@@ -35,10 +36,12 @@ class Taker:
         self._ready_seconds, self._ready_takes, self._seen = 0.0, 0, 0
 
     def waited(self, seconds: float) -> float:
-        """Of the seconds that a take took, those above what taking one that is ready takes, which
-        Keras does, too. Below 0 for some of those that are ready: their sum is about 0, since none
-        of either is left out, however long the machine was busy with something else."""
-        return seconds - self._ready_seconds / max(1, self._ready_takes)
+        """Of the seconds that a take took, those above what taking one that is ready takes. Below 0
+        for some of those that are ready: their sum is about 0, since none of either is left out,
+        however long the machine was busy with something else. Of those that have to be waited for,
+        all: Keras's own take, inside of its step, is quick, and would wait that much longer."""
+        ready = self._ready_seconds / max(1, self._ready_takes)
+        return seconds if seconds > _WAITS * ready else seconds - ready
 
     def next(self, iterator: Any) -> Any:
         """The next batch.

@@ -134,7 +134,7 @@ class FitWatch(tf.keras.callbacks.Callback):
         self._sync(measured)
         # Before an epoch's first step Keras makes the iterator: that is waiting, too.
         asked = time.perf_counter() if self._calls.steps else self._ended
-        waited, batch = 0.0, None
+        took, waited, batch = 0.0, 0.0, None
         if taker.number > 1:
             result = inner(taker.source(iterator))
         else:
@@ -148,7 +148,7 @@ class FitWatch(tf.keras.callbacks.Callback):
             self._own = self._own or self._function(taker)
             result = self._own(batch)
         self._sync(measured)
-        self._note(asked, waited, measured, held)
+        self._note(asked, took, waited, measured, held)
         if taker.number == 1:
             taker.take_one_that_is_ready(batch)
             self._ended = time.perf_counter()
@@ -164,7 +164,7 @@ class FitWatch(tf.keras.callbacks.Callback):
             taker.hold(iterator, calls)
             self._slowing.hold(taker.held, time.perf_counter() - began)
 
-    def _note(self, asked: float, waited: float, measured: bool, held: bool) -> None:
+    def _note(self, asked: float, took: float, waited: float, measured: bool, held: bool) -> None:
         """Counts a call; one that is measured stands for those since the last as well."""
         began, self._ended = self._ended, time.perf_counter()
         steps, seconds = self._calls.together, self._ended - began
@@ -172,7 +172,10 @@ class FitWatch(tf.keras.callbacks.Callback):
         self._calls.note()
         if first:  # it compiles
             return
-        usual = self._slowing.note(self._ended - asked if measured or steps > 1 else None, held)
+        # With what Python does between two steps, which a lack of its lock slows as well; on a GPU
+        # that is while the device is waited for.
+        own = self._ended - asked if self._on_gpu or steps > 1 else seconds - took
+        usual = self._slowing.note(own if measured or steps > 1 else None, held)
         epoch.slow = self._slowing.seconds
         since = self._calls.since
         since += [seconds] if usual else []
