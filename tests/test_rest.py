@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import labkit
-from labkit import QueueRunner
+from labkit import QueueRunner, WorkerError
 from labkit.engine import auto
 from labkit.engine import rest as engine_rest
 from labkit.engine.rest import rest
@@ -50,7 +50,7 @@ def runner_of(begun, **options):
 
 @pytest.mark.parametrize("ended", [True, False], ids=["ended", "left alone"])
 def test_each_thread_ends_its_batch_and_begins_another_when_the_rest_is_over(ended, monkeypatch):
-    monkeypatch.setattr(engine_rest, "_LONGEST", PATIENCE if ended else 1.0)
+    monkeypatch.setattr(engine_rest, "LONGEST", PATIENCE if ended else 1.0)
     begun = Begun()
     with runner_of(begun) as runner:
         next(iter(runner.dataset()))
@@ -74,8 +74,31 @@ def test_who_rests_is_not_late():
             next(batches)
 
 
+def test_who_stalls_is_late_however_often_the_others_rest():
+    over = threading.Event()
+
+    def batches(worker, n_workers):
+        while True:
+            yield (np.zeros((SIZE, 4), np.float32),)
+            over.wait(PATIENCE if worker == 0 else 0.002)
+
+    ends = time.monotonic() + PATIENCE / 2
+    with (
+        pytest.raises(WorkerError, match=r"worker 0 has delivered nothing for 1 s"),
+        QueueRunner(batches, SIZE, WORKERS, min_after_dequeue=0, timeout=1.0) as runner,
+    ):
+        try:
+            for _ in runner.dataset():
+                rest.begin()
+                rest.end()
+                if time.monotonic() > ends:
+                    break
+        finally:
+            over.set()
+
+
 def test_a_runner_stops_while_its_threads_rest(monkeypatch):
-    monkeypatch.setattr(engine_rest, "_LONGEST", PATIENCE)
+    monkeypatch.setattr(engine_rest, "LONGEST", PATIENCE)
     with runner_of(Begun()) as runner:
         next(iter(runner.dataset()))
         rest.begin()

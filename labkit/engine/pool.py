@@ -20,7 +20,7 @@ from labkit.engine import interrupts
 from labkit.engine.batches import Spec
 from labkit.engine.messages import Chunk, Ended, Lost, Message, Skipped
 from labkit.engine.produce import IteratorFactory
-from labkit.engine.rest import rest
+from labkit.engine.rest import LONGEST, rest
 
 _LOOK = 0.1  # seconds between two looks for a worker that is late
 
@@ -253,7 +253,8 @@ class Pool(ABC):
         for worker, state in enumerate(self._states[: self.active]):
             idle = state.ended or state.lost or state.unheard
             idle = idle or state.taken >= self._room(worker)
-            if not idle and now - max(state.since, rest.until) > timeout:
+            # Between two batches a thread rests once, at most.
+            if not idle and now - state.since > timeout + LONGEST * (rest.until > state.since):
                 state.ended = state.lost = True
                 self.factory.late(worker)
                 return Lost(

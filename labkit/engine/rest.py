@@ -3,7 +3,7 @@
 import threading
 import time
 
-_LONGEST = 2.0  # seconds, whatever becomes of whoever began it
+LONGEST = 2.0  # seconds, whatever becomes of whoever began it
 
 
 class Rest:
@@ -18,7 +18,7 @@ class Rest:
 
     def begin(self) -> None:
         self._over.clear()
-        self.until = time.monotonic() + _LONGEST
+        self.until = time.monotonic() + LONGEST
 
     def end(self) -> None:
         self.until = min(self.until, time.monotonic())

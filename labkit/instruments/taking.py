@@ -57,7 +57,8 @@ class Taker:
         if self.held:
             self.held -= 1
             return self._ahead
-        rest.end()
+        if self._ahead is not None:
+            rest.end()
         self._ahead = None
         if self._error is not None:
             error, self._error = self._error, None

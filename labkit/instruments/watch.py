@@ -25,12 +25,12 @@ def watch(iterable: Iterable[Any] | None = None, live: bool = False) -> Any:
     History and for every callback that stands behind this one, so put it first. The first step of
     a `fit` or a loop compiles and is left out.
 
-    Waiting is the time until the next batch is there, less what taking one that is ready costs;
-    Keras and tf.data prefetch, so data that take no longer than the step cost nothing. In `fit` the
-    share holds another cost, too: whoever makes the data needs cores and Python's lock, which the
-    step then lacks. To know it, 20 batches are taken ahead now and then, and trained on, in their
-    order, while none is made. Of several `steps_per_execution` Keras takes the next batches while
-    it trains; so its calls are left as they are, and what they take longer than those with batches
+    Waiting is the time until the next batch is there; one that is ready takes none of it. Keras and
+    tf.data prefetch, so data that take no longer than the step cost nothing. In `fit` the share
+    holds another cost, too: whoever makes the data needs cores and Python's lock, which the step
+    then lacks. To know it, 20 batches are taken ahead now and then, and trained on, in their order,
+    while none is made. Of several `steps_per_execution` Keras takes the next batches while it
+    trains; so its calls are left as they are, and what they take longer than those with batches
     taken ahead is the share, which a `fit` of less than some 15 calls does not tell. On a GPU,
     where a step goes on while Python has long gone ahead, every tenth step is measured, or one in
     0.1 s, with the device waited for before and after it; in a loop of your own, wait for it

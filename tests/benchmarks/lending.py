@@ -1,4 +1,4 @@
-"""Is lending worth its lines? `python -m tests.benchmarks.lending`. A B A B, about 2 minutes.
+"""Is lending worth its lines? `python -m tests.benchmarks.lending`. A B A B, 4 minutes.
 
 Samples of 256 KB and more of a worker process stay in shared memory, where the queue keeps them
 until they are dequeued. Held against the way of small ones, which are copied into the queue batch
@@ -7,6 +7,7 @@ which mixes lent samples as they lie. Writes figures/benchmark_lending.json.
 """
 
 import contextlib
+import functools
 import itertools
 import math
 import time
@@ -59,7 +60,7 @@ def compared(measure: Callable[[bool], float]) -> dict[str, object]:
 def main() -> None:
     results = {}
     for order, (name, side) in itertools.product(("any", "fixed"), SIDES.items()):
-        found = compared(lambda lends, side=side, order=order: rate(side, order, lends))
+        found = compared(functools.partial(rate, side, order))
         results[f"{name}, {order} order"] = found
         print(f"{name}, {order} order", found, flush=True)
     write("benchmark_lending", results)
