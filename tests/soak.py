@@ -56,7 +56,7 @@ def faults(repeats: int, copies: int) -> bool:
             process.wait()
             report = Path(f"{folder}/{copy}.xml")
             if not report.exists():
-                failed.append("no report: " + Path(f"{folder}/{copy}.log").read_text()[-3000:])
+                failed.append("no report: " + _stacks(Path(f"{folder}/{copy}.log").read_text()))
                 continue
             for case in ElementTree.parse(report).iter("testcase"):
                 name, _, chosen = case.get("name", "").partition("[")
@@ -135,6 +135,12 @@ def _memory() -> int:
     """Bytes of this process and its children that are theirs alone, and the shared ones once."""
     me = psutil.Process()
     return sum(process.memory_full_info().pss for process in [me, *me.children()])
+
+
+def _stacks(log: str) -> str:
+    """What a copy that hung wrote at its end: the newest lines of each thread come first."""
+    hung = log.rfind("Timeout (")
+    return log[max(hung, 0) :][:10_000] if hung >= 0 else log[-10_000:]
 
 
 def _portable(text: str) -> str:

@@ -1,5 +1,6 @@
 """`labkit.watch`: what it measures is true, and Keras trains as it does without it."""
 
+import gc
 import math
 import time
 from types import SimpleNamespace
@@ -10,11 +11,14 @@ import pytest
 import labkit
 from labkit import QueueRunner
 from labkit.instruments import taking, watch_fit
+from labkit.instruments.meter import Meter, of_a_ready_batch
 from labkit.instruments.slowing import Slowing
 from labkit.instruments.tap import Tap
 from labkit.instruments.waiting import Waiting, total, verdict
 from labkit.instruments.watch_fit import FitWatch
+from labkit.passes import untuned
 from labkit.quiet import tf
+from tests.consumers import wait_until
 
 BATCHES, SIZE = 10, 8
 X = np.random.default_rng(0).normal(size=(BATCHES * SIZE, 4)).astype(np.float32)
@@ -189,8 +193,8 @@ def test_a_failure_in_a_step_is_the_users_and_leaves_nothing():
     assert not isinstance(model.train_function, Tap)
 
 
-HELD, BESIDE = Slowing().number, Slowing()._neighbours
-LONG = 1 + BESIDE + 2 * HELD + 3  # calls of which some train on batches taken ahead
+BESIDE = Slowing()._neighbours
+LONG = 6 * BESIDE + 20  # calls of which some train on batches taken ahead
 
 
 def counted(n, fails_at=None):
@@ -206,7 +210,7 @@ def counted(n, fails_at=None):
 
 @pytest.mark.parametrize(("together", "known"), [(1, True), (8, False)])
 def test_batches_taken_ahead_are_trained_on_in_their_order(together, known):
-    calls, losses, kept = LONG if together == 1 else 20, [], labkit.watch()
+    calls, losses, kept = LONG if together == 1 else 70, [], labkit.watch()
     steps = calls * together + (0 if known else 3)
     for callbacks in ([], [kept]):
         model = new_model(steps_per_execution=together)
@@ -221,7 +225,7 @@ def test_batches_taken_ahead_are_trained_on_in_their_order(together, known):
 
 
 def test_what_fails_while_batches_are_taken_ahead_fails_at_its_own_step():
-    model, kept, at = new_model(), labkit.watch(), BESIDE + HELD // 2
+    model, kept, at = new_model(), labkit.watch(), BESIDE + 10
     with pytest.raises(tf.errors.InvalidArgumentError, match="the generator's own"):
         model.fit(counted(LONG, fails_at=at), verbose=0, callbacks=[kept])
     assert int(model.optimizer.iterations) == at
@@ -231,16 +235,18 @@ def test_what_fails_while_batches_are_taken_ahead_fails_at_its_own_step():
 def noted(slowing, before, alone, after, spent=0.0):
     """What calls of so many seconds tell `slowing`, those `alone` with batches taken ahead."""
     for seconds in before:
-        assert not slowing.calls_to_hold(math.inf) and slowing.note(seconds, held=False)
-    assert not slowing.calls_to_hold(2 * HELD - 1)
-    assert slowing.calls_to_hold(2 * HELD) == HELD
-    slowing.hold(HELD, spent)
-    for number in range(HELD):
-        assert not slowing.note(1.0 if number < HELD - len(alone) else alone[0], held=True)
-    for _ in range(HELD):  # which have what was stored meanwhile
-        assert not slowing.note(0.0, held=False) and not slowing.calls_to_hold(math.inf)
+        assert not slowing.calls_to_hold(math.inf) and not slowing.skips()
+        slowing.note(seconds)
+    held = slowing.calls_to_hold(math.inf)
+    assert held > len(alone) and not slowing.calls_to_hold(3 * held)
+    slowing.hold(held, spent)
+    for number in range(held):
+        slowing.note_held(1.0 if number < held - len(alone) else alone[0])
+    for _ in range(2 * held):  # which have what was stored meanwhile
+        assert slowing.skips() and not slowing.calls_to_hold(math.inf) and slowing.compares
     for seconds in after:
-        assert slowing.note(seconds, held=False)
+        assert not slowing.skips()
+        slowing.note(seconds)
     return slowing
 
 
@@ -256,18 +262,22 @@ def test_a_step_that_is_slower_while_data_are_made_counts_as_lost():
     assert compared(0.001, 0.003, 0.005) == compared(0.005, 0.003, 0.001) == 0.0
     slowing = noted(Slowing(), [0.005] * 16, [0.002] * 16, [])
     assert slowing.seconds == 0.0 and not slowing.known
-    # Of many comparisons chance has a say: their median, if it is more than two errors of it.
-    for alone, seconds in (([0.002, 0.004, 0.003, 0.002], 0.0025), ([0.002, 0.009] * 2, 0.0)):
+    # Of many comparisons chance has a say: the more they differ, the less of their median counts.
+    for alone, least, most in (
+        ([0.002, 0.0021, 0.002, 0.0019], 0.00299, 0.003),
+        ([0.002, 0.004, 0.003, 0.002], 0.0021, 0.0025),
+        ([0.002, 0.009] * 2, 0.0, 0.0),
+    ):
         slowing = noted(Slowing(), [0.005] * 16, alone[:1] * 16, [0.005] * 15)
         for one in alone[1:]:
             slowing = noted(slowing, [0.005], [one] * 16, [0.005] * 15)
-        slowing.note(0.005, held=False)
-        assert slowing.seconds == pytest.approx(seconds)
+        slowing.note(0.005)
+        assert least <= slowing.seconds <= most
     # What a comparison cost has to be earned again before the next.
     slowing = noted(Slowing(), [0.005] * 16, [0.002] * 16, [0.005] * 16, spent=0.5)
     assert not slowing.calls_to_hold(math.inf)
-    slowing.note(2.0, held=False)
-    assert slowing.calls_to_hold(math.inf) == HELD
+    slowing.note(1.0, calls=2)
+    assert slowing.calls_to_hold(math.inf)
 
 
 def test_lost_is_waiting_and_what_steps_are_slower():
@@ -278,12 +288,57 @@ def test_lost_is_waiting_and_what_steps_are_slower():
     assert total([lost, Waiting(100, 1.0, 0.1, 1.0, 100)]).share == pytest.approx(0.25)
 
 
-def test_of_a_batch_that_is_waited_for_the_whole_time_counts():
-    taker = taking.Taker(iter(dataset()), SimpleNamespace(steps_per_execution=1))
-    taker._ready_seconds, taker._ready_takes = 0.002, 10
-    assert taker.waited(0.0003) == pytest.approx(0.0001)
-    assert taker.waited(0.0001) == pytest.approx(-0.0001)
-    assert taker.waited(0.001) == 0.001
+def test_a_meter_counts_the_waiting_for_batches_and_takes_none_ahead():
+    data = dataset(0.02)
+    iterator, other = iter(data), iter(data)
+    meter = Meter(data.element_spec)
+    metered = meter.over(iterator)
+    assert metered is meter.over(iterator) is not meter.over(other)
+    assert metered.element_spec == data.element_spec
+    took = []
+    for number in range(BATCHES):
+        x, _ = next(metered if number % 2 else iterator)
+        assert np.array_equal(x, X[number * SIZE : (number + 1) * SIZE])
+        took.append(meter.read())
+    assert not any(took[0::2]) and all(one > 0.01 for one in took[1::2])
+    for _ in range(2):
+        with pytest.raises(StopIteration):
+            next(metered)
+    assert 0 < of_a_ready_batch() < 0.01
+
+
+@pytest.mark.parametrize(("waited", "counted"), [(0.4, 0.45), (0.07, 0.09), (0.01, 0.01)])
+def test_what_watching_takes_is_told_apart_and_hides_no_waiting(waited, counted):
+    """Who waits would have waited that much longer; who does not is not slower by it."""
+    kept = FitWatch(quiet=True)
+    kept.epochs, kept._in_turn = [Waiting()], True
+    kept._calls.since, kept._calls.own = [0.5, 0.5], 0.03
+    kept._taker = SimpleNamespace(waited=lambda: (waited, 0.02))
+    kept._count_since()
+    assert kept.epochs[0].waited == pytest.approx(counted)
+    assert (kept.epochs[0].measured, kept.epochs[0].calls) == (1.0, 2)
+    assert kept._slowing._usual.mean == pytest.approx((1.0 - waited - 0.05) / 2)
+    assert kept._calls.own == 0.0 and not kept._calls.since
+
+
+def test_a_meter_has_the_data_no_longer_than_their_iterator():
+    gone = []
+
+    def factory():
+        try:
+            while True:
+                yield X[:SIZE], Y[:SIZE]
+        finally:
+            gone.append(True)
+
+    spec = (tf.TensorSpec((None, 4)), tf.TensorSpec((None, 1)))
+    iterator = iter(tf.data.Dataset.from_generator(factory, output_signature=spec))
+    meter = Meter(iterator.element_spec)
+    next(meter.over(iterator))
+    del iterator
+    gc.collect()
+    wait_until(lambda: gone)
+    assert not meter._known
 
 
 def test_python_between_two_steps_counts_where_making_data_slows_it():
@@ -429,15 +484,15 @@ def test_the_line_says_what_there_would_be_without_waiting():
     assert "too few steps to tell" in str(Waiting())
 
 
-def test_the_end_of_a_fit_does_not_wait_for_what_measures_a_ready_batch():
+def test_the_end_of_a_fit_does_not_wait_for_what_measures_its_batches():
     """Of 20 with TensorFlow's autotuning, two or three take seconds each to go."""
-    batch = tf.zeros((2, 2))
-    source = iter(tf.data.Dataset.from_tensors(batch).repeat())
-    takers = [taking.Taker(source, SimpleNamespace(steps_per_execution=1)) for _ in range(20)]
-    for taker in takers:
-        taker.take_one_that_is_ready(batch)
+    data = untuned(tf.data.Dataset.from_tensors(tf.zeros((2, 2))).repeat())
+    meter, sources = Meter(data.element_spec), [iter(data) for _ in range(20)]
+    for source in sources:
+        next(meter.over(source))
     time.sleep(0.5)  # the older, the longer
     began = time.monotonic()
-    takers.clear()
-    del taker
-    assert time.monotonic() - began < 1.0
+    sources.clear()
+    del source
+    gc.collect()
+    assert not meter._known and time.monotonic() - began < 1.0

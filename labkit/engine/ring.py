@@ -138,7 +138,9 @@ class LendingRing(Ring):
 
     def __init__(self, memory: int, layout: Layout, spec: Spec) -> None:
         super().__init__(memory, layout, spec)
-        self._lent: dict[int, weakref.ref[np.ndarray]] = {}
+        parts = zip(spec.components, layout.offsets, strict=True)
+        self._parts = [(part.shape, part.dtype, offset) for part, offset in parts]
+        self._lent: dict[int, tuple[weakref.ref[np.ndarray], int]] = {}
         self._spare = collections.deque(range(layout.granted, layout.slots))
 
     @property
@@ -153,28 +155,24 @@ class LendingRing(Ring):
         return tuple(self._spare.pop() for _ in slots)
 
     def _sample(self, slot: int) -> Arrays:
-        views = self.layout.views(self._memory, self._spec, slot)
-        arrays = [view.reshape(view.shape[1:]) for view in views]
+        size = self.layout.slot_bytes
+        block = np.ndarray((size,), np.uint8, self._memory, slot * size)
+        arrays = [np.ndarray(shape, dtype, block, start) for shape, dtype, start in self._parts]
         if len(self._lent) < self.layout.lent:
-
-            def take_back(_: Any) -> None:
-                del self._lent[slot]
-                self._spare.append(slot)
-
-            self._lent[slot] = weakref.ref(_base(arrays[0]), take_back)
+            # All arrays have the block as their base, and nobody else has it.
+            alive = weakref.ref(block, self._take_back)
+            self._lent[id(alive)] = alive, slot
             return arrays
         self._spare.append(slot)
         return [aligned_copy(array) for array in arrays]
 
+    def _take_back(self, gone: "weakref.ref[np.ndarray]") -> None:
+        _, slot = self._lent.pop(id(gone))
+        self._spare.append(slot)
+
 
 def ring_of(memory: int, layout: Layout, spec: Spec) -> Ring:
     return (LendingRing if layout.lends else Ring)(memory, layout, spec)
-
-
-def _base(array: np.ndarray) -> np.ndarray:
-    while isinstance(array.base, np.ndarray):
-        array = array.base
-    return array
 
 
 def shared_memory(nbytes: int, purpose: str) -> int:

@@ -2,13 +2,31 @@
 
 import math
 import statistics
+from dataclasses import dataclass
 
-_STEPS, _WARM = 16, 4  # to train on; before them, to be as warm as the others
-_LEAST = 4  # calls on either side
+_STEPS, _LEAST = 16, 4  # to compare, and calls of which there have to be so many
+# Ahead of them, a few; and where the cores have waited, as many as take 0.15 s to wake them up.
+_WARM, _MOST_WARM, _WARM_SECONDS, _WAITED, _PART = 8, 80, 0.15, 0.05, 6
+_SKIP = 2  # times as many as were held: they have what was stored meanwhile
 _KEPT = 25  # comparisons, of those that came last
-_ENOUGH = 3  # comparisons, to know how much is chance
-_OFTEN, _SELDOM = 4, 50  # times the seconds that one cost pass until the next
-_ERRORS = 2.0
+_ENOUGH, _FIRST = 2, 3  # comparisons, to know how much is chance; that are made soon
+_OFTEN, _SELDOM = 4, 200  # times the seconds that one cost pass until the next
+
+
+@dataclass
+class _Calls:
+    calls: int = 0
+    seconds: float = 0.0
+    waited: float = 0.0
+
+    def add(self, calls: int, seconds: float, waited: float = 0.0) -> None:
+        self.calls += calls
+        self.seconds += calls * seconds
+        self.waited += waited
+
+    @property
+    def mean(self) -> float:
+        return self.seconds / self.calls
 
 
 class Slowing:
@@ -19,23 +37,18 @@ class Slowing:
     have filled their buffers and rest. These calls stand between calls before them and after them,
     so that a machine which gets faster or slower is not taken for producers that rest.
 
-    Attributes:
-        number: of calls to hold for. As many after them count for nothing: they have what was
-            stored meanwhile.
-
     Args:
         together: steps a call.
     """
 
     def __init__(self, together: int = 1) -> None:
-        self._warm = max(1, _WARM // together)
-        self.number = self._warm + max(2, _STEPS // together)
+        self._together = together
         self._neighbours = max(_LEAST, _STEPS // together)
+        self._least_warm = max(1, _WARM // together)
         self._differences: list[float] = []  # to the mean of both neighbours
         self._least = math.inf  # difference to one of them
-        self._before: list[float] = []
-        self._alone: list[float] = []
-        self._usual: list[float] = []  # since the last that were held
+        self._before, self._alone = _Calls(), _Calls()
+        self._usual = _Calls()  # since the last that were held
         self._spent, self._warming, self._skip, self._useless = 0.0, 0, 0, False
 
     @property
@@ -43,54 +56,75 @@ class Slowing:
         return bool(self._differences)
 
     @property
+    def compares(self) -> bool:
+        """Whether it has to hear of each call at once: too few came since others were held."""
+        return self._skip > 0 or self._usual.calls < self._neighbours
+
+    @property
     def seconds(self) -> float:
-        """More for a call that has not its batches already; 0 while unknown, and for what may be
-        chance. Of one or two comparisons it is the least that a neighbour says."""
+        """More for a call that has not its batches already; 0 while unknown. Of one comparison it
+        is the least that a neighbour says; of more their median, shrunk by what may be chance as in
+        James and Stein's estimator (its positive part), which tells small from none without cutting
+        off what is large."""
         if len(self._differences) < _ENOUGH:
             return max(0.0, self._least) if self.known else 0.0
         more = statistics.median(self._differences)
         # The standard error of a median is 1.25 times that of a mean.
         error = 1.25 * statistics.stdev(self._differences) / math.sqrt(len(self._differences))
-        return more if more > _ERRORS * error else 0.0
+        return max(0.0, more - error * error / more) if more > 0 else 0.0
 
     def calls_to_hold(self, left: float) -> int:
         """0 for most calls: it costs what making and training at one time would have gained."""
-        if self._useless or left < 2 * self.number or len(self._usual) < self._neighbours:
+        if self._useless or self._usual.calls < self._neighbours:
             return 0
-        times = _OFTEN if len(self._differences) < _ENOUGH else _SELDOM
-        return self.number if sum(self._usual) >= times * self._spent else 0
+        times = _OFTEN if len(self._differences) < _FIRST else _SELDOM
+        # Of those that are left, all, those that are skipped after them, and some to compare with.
+        most = (left - self._neighbours) / (1 + _SKIP) - self._neighbours
+        if most < self._least_warm or self._usual.seconds < times * self._spent:
+            return 0
+        return int(min(most, self._warm(left))) + self._neighbours
+
+    def _warm(self, left: float) -> int:
+        usual = self._usual
+        if self._together == 1 and usual.waited < _WAITED * usual.seconds:
+            return self._least_warm
+        wanted = _WARM_SECONDS / max(usual.mean, 1e-9)
+        most = min(_MOST_WARM / self._together, left / _PART)
+        return max(self._least_warm, int(min(most, wanted)))
 
     def hold(self, calls: int, seconds: float) -> None:
         """So many calls, fewer than asked for if their batches are large, have them now, after
         some seconds."""
-        self._before, self._alone, self._usual = self._usual, [], []
-        self._spent, self._warming, self._skip = seconds, self._warm, calls
-        self._useless = calls <= self._warm
+        self._warming = max(self._least_warm, calls - self._neighbours)
+        self._before, self._alone, self._usual = self._usual, _Calls(), _Calls()
+        self._spent, self._skip = seconds, _SKIP * calls
+        self._useless = calls <= self._least_warm
 
     def begin_epoch(self) -> None:
         self._skip = 0
 
-    def note(self, seconds: float | None, held: bool) -> bool:
-        """Of a call, without the time to take its batches; None where it was not measured.
-
-        Returns: whether the call is one like any other, which had no batches stored for it.
-        """
-        if held and self._warming:
+    def note_held(self, seconds: float) -> None:
+        """Of a call whose batches were taken ahead, without the time that took."""
+        if self._warming:
             self._warming -= 1
-        elif held and seconds is not None:
-            self._alone.append(seconds)
-        elif self._skip and not held:
-            self._skip -= 1
-        elif not held:
-            if seconds is not None:
-                self._usual.append(seconds)
-                if self._alone and len(self._usual) == self._neighbours:
-                    self._compare()
-            return True
-        return False
+        else:
+            self._alone.add(1, seconds)
+
+    def skips(self) -> bool:
+        """Whether a call that was not held has what was stored meanwhile, so that it tells nothing;
+        asked once a call."""
+        skip = self._skip > 0
+        self._skip -= skip
+        return skip
+
+    def note(self, seconds: float, calls: int = 1, waited: float = 0.0) -> None:
+        """Of each of some others, without the time to take their batches; which they all waited."""
+        self._usual.add(calls, seconds, waited)
+        if self._alone.calls and self._usual.calls >= self._neighbours:
+            self._compare()
 
     def _compare(self) -> None:
-        before, alone, after = map(statistics.fmean, (self._before, self._alone, self._usual))
+        before, alone, after = self._before.mean, self._alone.mean, self._usual.mean
         self._least = min(self._least, before - alone, after - alone)
         self._differences = [*self._differences[1 - _KEPT :], (before + after) / 2 - alone]
-        self._alone = []
+        self._alone = _Calls()

@@ -1,59 +1,73 @@
-"""Taking batches from Keras's iterator for `watch`: each in its time, or some ahead of theirs."""
+"""The batches of Keras's steps for `watch`: each taken in its time, or some ahead of theirs."""
 
 import functools
 import time
+from collections.abc import Callable
 from typing import Any
 
 from labkit.engine.rest import rest
+from labkit.instruments.meter import Meter, of_a_ready_batch
 from labkit.passes import InPython, untuned
 from labkit.quiet import tf
 
-_AT_ONCE, _READY_EVERY = 10, 15  # takes of one that is ready: 10 at the start, then one of 15
-_WAITS = 2.0  # times as long as one that is ready
 _MOST_BYTES = 1 << 28  # held at a time
-_LOOK, _LONGEST, _AT_REST = 0.01, 0.15, 0.1  # seconds, seconds, of a core
+_LOOK, _LONGEST, _AT_REST = 0.01, 0.3, 0.02  # seconds, seconds, of a core
 
 
 class Taker:
-    """Takes the batches that Keras's step trains on, `steps_per_execution` of them a call.
+    """Has Keras's step train on the next batches, and tells how long that waited for them.
 
     Attributes:
         held: calls whose batches were taken ahead and that are still to come.
-        spec: of a batch.
+        one_device: not of a strategy, whose iterator has a batch for each replica.
     """
 
     def __init__(self, iterator: Any, model: Any) -> None:
-        self.number = model.steps_per_execution
+        self._number, self._eagerly = model.steps_per_execution, model.run_eagerly
         self.one_device = isinstance(iterator, tf.data.Iterator)
-        self.spec = iterator.element_spec
-        if isinstance(iterator, InPython):
-            iterator.as_in_fit()
+        self._spec = iterator.element_spec
+        self._meter = Meter(self._spec) if self.one_device and self._number == 1 else None
+        self._waited, self._calls = 0.0, 0  # since `waited` was asked last
         self.held = 0
         self._ahead: Any = None
-        self._over = False
         self._error: Exception | None = None
-        self._ready: Any = None
-        self._ready_seconds, self._ready_takes, self._seen = 0.0, 0, 0
+        self._step: Callable[[Any], Any] | None = None
 
-    def waited(self, seconds: float) -> float:
-        """Of the seconds that a take took, those above what taking one that is ready takes. Below 0
-        for some of those that are ready: their sum is about 0, since none of either is left out,
-        however long the machine was busy with something else. Of those that have to be waited for,
-        all: Keras's own take, inside of its step, is quick, and would wait that much longer."""
-        ready = self._ready_seconds / max(1, self._ready_takes)
-        return seconds if seconds > _WAITS * ready else seconds - ready
+    def call(self, iterator: Any, inner: Callable[[Any], Any]) -> Any:
+        """The result of `inner`, Keras's train_function, with its next batches.
 
-    def next(self, iterator: Any) -> Any:
-        """The next batch.
-
-        Raises:
-            StopIteration: at the end of the data.
+        What failed while batches were taken ahead is raised when its turn comes.
         """
-        return next(self.source(iterator))
+        source = self._source(iterator)
+        if self._number > 1 or source is self._ahead:
+            return inner(source)
+        self._calls += 1
+        if self._meter is not None:
+            return inner(self._meter.over(source))
+        began = time.perf_counter()
+        try:
+            batch = next(source)
+        except StopIteration:
+            # As Keras ends a pass of unknown length: it counts one more step for the optimizer.
+            return inner(iterator)
+        self._waited += time.perf_counter() - began
+        self._step = self._step or self._with_a_batch(inner)
+        return self._step(batch)
 
-    def source(self, iterator: Any) -> Any:
-        """An iterator with the batches of the next call. What failed while they were taken ahead is
-        raised when its turn comes."""
+    def waited(self) -> tuple[float, float]:
+        """Seconds of waiting for the batches of one step a call, since this was asked last, and
+        what the meter took. Of several Keras takes the next one while it trains; 0 for those."""
+        waited, self._waited = self._waited, 0.0
+        calls, self._calls = self._calls, 0
+        if self._meter is None:
+            return waited, 0.0
+        taken = calls * of_a_ready_batch()
+        return self._meter.read() - taken, taken
+
+    def _source(self, iterator: Any) -> Any:
+        """An iterator with the batches of the next call."""
+        if isinstance(iterator, InPython):
+            iterator.as_in_fit()
         if self.held:
             self.held -= 1
             return self._ahead
@@ -63,43 +77,43 @@ class Taker:
         if self._error is not None:
             error, self._error = self._error, None
             raise error
-        return iter(()) if self._over and self.number == 1 else iterator
+        return iterator
+
+    def _with_a_batch(self, inner: Callable[[Any], Any]) -> Callable[[Any], Any]:
+        """Keras's step as a call with a batch.
+
+        With the shapes that the data set declares, as Keras compiles it: with those of each batch
+        the losses would differ in their last bit, and a shorter batch would compile anew.
+        """
+
+        def step(batch: Any) -> Any:
+            return inner(iter((batch,)))
+
+        if self._eagerly:
+            return step
+        own = tf.function(step, input_signature=(self._spec,), autograph=False)
+        # Each fit traces one; after some, TensorFlow would warn of a function made in a loop.
+        own._omit_frequent_tracing_warning = True
+        return own
 
     def hold(self, iterator: Any, calls: int) -> None:
         """Takes the batches of the next calls, fewer if they would take more than 256 MB."""
         batches: list[Any] = []
-        wanted, size = calls * self.number, 0
+        wanted, size = calls * self._number, 0
         try:
-            while len(batches) < wanted and (size < _MOST_BYTES or len(batches) % self.number):
+            while len(batches) < wanted and (size < _MOST_BYTES or len(batches) % self._number):
                 batches.append(next(iterator))
                 size += _bytes_of(batches[-1])
         except StopIteration:
-            self._over = True
+            pass
         except Exception as error:
             self._error = error
         else:
             rest.begin()
             _until_at_rest()
-        self.held = -(-len(batches) // self.number)
-        self._ahead = iter(batches)
-        if batches and self.number > 1:
-            self._ahead = _iterator(batches, self.spec)
-
-    def begin_epoch(self) -> None:
-        self._over = False
-
-    def take_one_that_is_ready(self, batch: Any) -> None:
-        """Measures it, now and then: after a step, where caches are as cold as they will be."""
-        self._seen += 1
-        if not self.one_device or (self._seen > _AT_ONCE and self._seen % _READY_EVERY):
-            return
-        if self._ready is None:
-            self._ready = iter(untuned(tf.data.Dataset.from_tensors(batch).repeat()))
-            next(self._ready)
-        began = time.perf_counter()
-        next(self._ready)
-        self._ready_seconds += time.perf_counter() - began
-        self._ready_takes += 1
+        self.held = -(-len(batches) // self._number)
+        if batches:
+            self._ahead = _iterator(batches, self._spec)
 
 
 def _until_at_rest() -> None:

@@ -28,13 +28,13 @@ def watch(iterable: Iterable[Any] | None = None, live: bool = False) -> Any:
     Waiting is the time until the next batch is there; one that is ready takes none of it. Keras and
     tf.data prefetch, so data that take no longer than the step cost nothing. In `fit` the share
     holds another cost, too: whoever makes the data needs cores and Python's lock, which the step
-    then lacks. To know it, 20 batches are taken ahead now and then, and trained on, in their order,
-    while none is made. Of several `steps_per_execution` Keras takes the next batches while it
-    trains; so its calls are left as they are, and what they take longer than those with batches
-    taken ahead is the share, which a `fit` of less than some 15 calls does not tell. On a GPU,
-    where a step goes on while Python has long gone ahead, every tenth step is measured, or one in
-    0.1 s, with the device waited for before and after it; in a loop of your own, wait for it
-    yourself.
+    then lacks. To know it, 24 to 96 batches are taken ahead now and then, and trained on, in their
+    order, while none is made; an epoch of less than some 100 calls has no time for that. Of several
+    `steps_per_execution` Keras takes the next batches while it trains; so what its calls take
+    longer than those with batches taken ahead is the share, which a `fit` of less than some 30
+    calls does not tell. On a GPU, where a step goes on while Python has long gone ahead, every
+    tenth step is measured, or one in 0.1 s, with the device waited for before and after it; in a
+    loop of your own, wait for it yourself.
 
     Args:
         iterable: of batches, for a loop of your own; without it the result is a Keras callback.

@@ -1,4 +1,4 @@
-"""The callback behind `labkit.watch()`: takes each batch, with a clock, ahead of Keras's step."""
+"""The callback behind `labkit.watch()`: a clock around each of Keras's steps, and one inside."""
 
 import math
 import time
@@ -13,14 +13,16 @@ from labkit.quiet import tf
 
 # On a GPU waiting for the device costs what Python would have done ahead, a millisecond or two.
 _ON_A_GPU_EVERY, _ON_A_GPU_SECONDS = 10, 0.1
+_READ_EVERY = 0.02  # seconds, since to read the meter is a hundredth of a step of 2 ms
 
 
 class FitWatch(tf.keras.callbacks.Callback):
     """See `labkit.watch`.
 
     Keras takes the batch inside of its compiled step, where no callback can tell waiting from
-    computing. So for each step the model gets another `train_function`, which gives the place back
-    as the first thing it does: whatever fails, wherever, Keras's own one is there again.
+    computing. So for each step the model gets another `train_function`, which hands Keras's own one
+    a metered iterator. It gives the place back as the first thing it does: whatever fails,
+    wherever, Keras's own one is there again.
 
     Attributes:
         epochs: a `Waiting` for each epoch of the last `fit`.
@@ -43,8 +45,6 @@ class FitWatch(tf.keras.callbacks.Callback):
         self._batch, self._ended = 0, 0.0
         self._calls = _Calls(1)
         self._taker: Taker | None = None
-        self._own: Callable[..., Any] | None = None
-        self._measured_at = 0.0
         self._slowing = Slowing()
         self._new_live, self._live, self._quiet = live, None, quiet
 
@@ -53,26 +53,27 @@ class FitWatch(tf.keras.callbacks.Callback):
         self._live = self._new_live and self._new_live()
         self.epochs, self._line = [], ""
         self._on_gpu = bool(tf.config.list_logical_devices("GPU"))
+        self._in_turn = not self._on_gpu and self.model.steps_per_execution == 1
         tap = self.model.train_function
         self._tap = Tap(self, tap.inner if isinstance(tap, Tap) else tap)
-        self._own = self._taker = None
+        self._taker = None
         several = self.model.steps_per_execution
         self._calls, self._slowing = _Calls(several), Slowing(several)
 
     def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
         self._print_line()
         self.epochs.append(Counted())
-        if self._taker is not None:
-            self._taker.begin_epoch()
         self._slowing.begin_epoch()
         self._calls.begin_epoch(self._iterations())
         self._ended = time.perf_counter()
 
     def on_train_batch_begin(self, batch: int, logs: Any = None) -> None:
+        self._calls.came = time.perf_counter()
         self._batch = batch
         self._tap.put()
 
     def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
+        self._count_since()
         waiting = self.epochs[-1]
         if self.params.get("steps") is None:
             waiting.steps -= self._calls.steps_that_did_not_come(self._iterations())
@@ -86,7 +87,7 @@ class FitWatch(tf.keras.callbacks.Callback):
 
     def on_train_end(self, logs: Any = None) -> None:
         self._print_line()
-        self._own = self._taker = None
+        self._taker = None
         self._end_live()
         if not self._quiet:
             print(f"labkit.watch: {self.verdict()}", flush=True)
@@ -105,53 +106,26 @@ class FitWatch(tf.keras.callbacks.Callback):
             print(self._line, flush=True)
         self._line = ""
 
-    def _function(self, taker: Taker) -> Callable[..., Any]:
-        """Keras's step as a call with a batch.
-
-        With the shapes that the data set declares, as Keras compiles it: with those of each batch
-        the losses would differ in their last bit, and a shorter batch would compile anew.
-        """
-        inner = self._tap.inner
-
-        def step(batch: Any) -> Any:
-            return inner(iter((batch,)))
-
-        if self.model.run_eagerly:
-            return step
-        own = tf.function(step, input_signature=(taker.spec,), autograph=False)
-        # Each fit traces one; after some, TensorFlow would warn of a function made in a loop.
-        own._omit_frequent_tracing_warning = True
-        return own
-
     def step(self, iterator: Any, inner: Callable[..., Any]) -> Any:
-        """Keras's train_function, with the batch taken, and timed, outside of it. Of several steps
-        a call Keras takes the next batch while it trains, so there it takes them itself, and only
-        whole calls are compared."""
+        """Keras's train_function, and what there is to know of the call. Of several steps a call
+        only whole calls are compared."""
         taker = self._taker = self._taker or Taker(iterator, self.model)
         self._hold(taker, iterator)
         held = taker.held > 0
         measured = held or self._is_measured()
-        self._sync(measured)
+        if measured and self._on_gpu:
+            self._sync()
+            taker.waited()  # while the device had something to do
         # Before an epoch's first step Keras makes the iterator: that is waiting, too.
         asked = time.perf_counter() if self._calls.steps else self._ended
-        took, waited, batch = 0.0, 0.0, None
-        if taker.number > 1:
-            result = inner(taker.source(iterator))
-        else:
-            try:
-                batch = taker.next(iterator)
-            except StopIteration:
-                # As Keras ends a pass of unknown length: it counts one more step for the optimizer.
-                return inner(iterator)
-            took = time.perf_counter() - asked
-            waited, asked = taker.waited(took), asked + took
-            self._own = self._own or self._function(taker)
-            result = self._own(batch)
-        self._sync(measured)
-        self._note(asked, took, waited, measured, held)
-        if taker.number == 1:
-            taker.take_one_that_is_ready(batch)
-            self._ended = time.perf_counter()
+        made = time.perf_counter() - asked
+        result = taker.call(iterator, inner)
+        if measured and self._on_gpu:
+            self._sync()
+        began, self._ended = self._ended, time.perf_counter()
+        self._calls.note(made, max(0.0, asked - self._calls.came))
+        self._note(self._ended - began, self._ended - asked, measured, held)
+        self._calls.own += time.perf_counter() - self._ended
         return result
 
     def _hold(self, taker: Taker, iterator: Any) -> None:
@@ -160,31 +134,62 @@ class FitWatch(tf.keras.callbacks.Callback):
             return
         calls = self._slowing.calls_to_hold(self._calls_left())
         if calls:
+            self._count_since()
             began = time.perf_counter()
             taker.hold(iterator, calls)
             self._slowing.hold(taker.held, time.perf_counter() - began)
 
-    def _note(self, asked: float, took: float, waited: float, measured: bool, held: bool) -> None:
-        """Counts a call; one that is measured stands for those since the last as well."""
-        began, self._ended = self._ended, time.perf_counter()
-        steps, seconds = self._calls.together, self._ended - began
-        first, epoch = not self._calls.done, self.epochs[-1]
-        self._calls.note()
-        if first:  # it compiles
+    def _note(self, seconds: float, whole: float, measured: bool, held: bool) -> None:
+        """Counts a call: seconds since the end of the last, and of the call as a whole. One that is
+        measured stands for those since the last as well."""
+        if self._calls.done == 1:  # it compiles
+            self._waited()
             return
-        # With what Python does between two steps, which a lack of its lock slows as well; on a GPU
-        # that is while the device is waited for.
-        own = self._ended - asked if self._on_gpu or steps > 1 else seconds - took
-        usual = self._slowing.note(own if measured or steps > 1 else None, held)
-        epoch.slow = self._slowing.seconds
-        since = self._calls.since
-        since += [seconds] if usual else []
-        # Of several steps a call, the waiting is in what the comparisons say.
-        if usual and (self._slowing.known if steps > 1 else measured):
-            epoch.add(steps, seconds, waited * len(since), sum(since), len(since))
-            since.clear()
+        self.epochs[-1].add(self._calls.together, seconds, None, 0.0)
+        if held:
+            own = self._calls.take_own()
+            # With what Python does between two steps, which a lack of its lock slows as well; on a
+            # GPU that is while the device is waited for.
+            self._slowing.note_held(seconds - own if self._in_turn else whole)
+        elif self._slowing.skips():
+            self._waited()
         else:
-            epoch.add(steps, seconds, None, 0.0)
+            self._calls.since.append(seconds)
+            if self._in_turn:
+                if measured:
+                    self._count_since()
+            elif measured or self._calls.together > 1:
+                self._count(whole)
+
+    def _count_since(self) -> None:
+        """Of calls one after the other, all waiting since the last that was measured."""
+        since = self._calls.since
+        if self._in_turn and since:
+            waited, own = self._waited()
+            self._slowing.note((sum(since) - waited - own) / len(since), len(since), waited)
+            # Who waits would have waited longer without what watching took meanwhile.
+            self._add(waited + min(own, max(0.0, waited - own)))
+            self._calls.measured_at = time.perf_counter()
+
+    def _count(self, whole: float) -> None:
+        """Of a call with the device waited for, and those that it stands for; or of several steps,
+        whose waiting is in what the comparisons say."""
+        waited, _ = self._waited()
+        self._slowing.note(whole - waited, 1, waited)
+        if self._calls.together == 1 or self._slowing.known:
+            self._add(waited * len(self._calls.since))
+
+    def _add(self, waited: float) -> None:
+        since, epoch = self._calls.since, self.epochs[-1]
+        epoch.slow = self._slowing.seconds
+        epoch.add(0, 0.0, waited, sum(since), len(since))
+        since.clear()
+
+    def _waited(self) -> tuple[float, float]:
+        """Seconds of waiting, and of what watching took, since this was asked last."""
+        made, self._calls.made = self._calls.made, 0.0
+        waited, metering = (0.0, 0.0) if self._taker is None else self._taker.waited()
+        return made + waited, self._calls.take_own() + metering
 
     def _iterations(self) -> int:
         optimizer = getattr(self.model, "optimizer", None)
@@ -195,14 +200,16 @@ class FitWatch(tf.keras.callbacks.Callback):
         return math.inf if steps is None else (steps - self._batch) / self.model.steps_per_execution
 
     def _is_measured(self) -> bool:
+        if self._in_turn:
+            lately = time.perf_counter() - self._calls.measured_at < _READ_EVERY
+            return not lately or self._slowing.compares
         if not self._on_gpu or not self._calls.steps or not self._calls.done % _ON_A_GPU_EVERY:
             return True
-        return time.perf_counter() - self._measured_at >= _ON_A_GPU_SECONDS
+        return time.perf_counter() - self._calls.measured_at >= _ON_A_GPU_SECONDS
 
-    def _sync(self, measured: bool) -> None:
-        if measured and self._on_gpu:
-            tf.test.experimental.sync_devices()
-            self._measured_at = time.perf_counter()
+    def _sync(self) -> None:
+        tf.test.experimental.sync_devices()
+        self._calls.measured_at = time.perf_counter()
 
 
 class _Calls:
@@ -212,20 +219,32 @@ class _Calls:
         done: in this fit.
         steps: in this epoch; the last call may have had less.
         since: seconds of each like any other since the last that was measured.
+        made: seconds that making the iterator took since then.
+        own: seconds that watching itself took since then, in Python.
+        came: when the newest began.
+        measured_at: when the last one was.
     """
 
     def __init__(self, together: int) -> None:
         self.together, self.done = together, 0
+        self.came = self.measured_at = 0.0
         self.begin_epoch(0)
 
     def begin_epoch(self, trained: int) -> None:
         """`trained`: steps that the optimizer has counted."""
         self._trained, self.steps = trained, 0
         self.since: list[float] = []
+        self.made = self.own = 0.0
 
-    def note(self) -> None:
+    def note(self, made: float, own: float) -> None:
+        self.made += made
+        self.own += own
         self.done += 1
         self.steps += self.together
+
+    def take_own(self) -> float:
+        own, self.own = self.own, 0.0
+        return own
 
     def steps_that_did_not_come(self, trained: int) -> int:
         """Of a pass of unknown length Keras does not say how many steps its last call had."""
