@@ -221,8 +221,7 @@ def _as_array(name: str, leaf: Any) -> np.ndarray:
 
 def _check_elements(name: str, array: np.ndarray) -> None:
     """Raises BatchError for elements that no tensor can hold, with what to do about them."""
-    dtype, cure = array.dtype, ""
-    found = ""  # of the dtype alone: its name takes as long to make as all the rest
+    dtype, cure, found = array.dtype, "", ""  # a dtype's name takes as long to make as all the rest
     if dtype.kind == "O" and array.ndim:
         odd = next((x for x in array.flat if not isinstance(x, (str, bytes))), "")
         found = f"object, with elements of type {type(odd).__name__}"
