@@ -106,7 +106,8 @@ class RayPool(Pool):
         actor = self._ray.remote(concurrency_groups={"aside": 1})(Producer)
         orders = worker, self.spec, job.stages, job.skip, begin
         handle = actor.options(**self._options).remote(self._packed, orders)
-        where = functools.partial(self._peek, handle.where.options(**_ASIDE).remote())
+        # Ahead of the first batch, in which it may die.
+        where = functools.partial(self._peek, handle.where.remote())
         new = _Actor(handle, life, where, (self.epoch, begin), vain)
         self._actors[worker : worker + 1] = [new]
         self._waiting.add(worker)
