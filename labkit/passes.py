@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from labkit.engine import interrupts
 from labkit.engine.messages import WorkerError
 from labkit.engine.tf_queue import EagerQueue, Shape, counted, dequeue, shaped
 from labkit.quiet import tf
@@ -44,7 +45,8 @@ def dataset_of_passes(
     def passes(ahead: int) -> tf.data.Dataset:
         options = tf.data.Options()
         options.experimental_optimization.inject_prefetch = False
-        with _debug_mode_off():
+        # An interrupt while TensorFlow traces gets lost, or leaves its graphs in disorder.
+        with interrupts.held_back(), _debug_mode_off():
             made = _dataset(shape, begin, end_pass, ahead)
         return untuned(made.with_options(options))
 
@@ -160,11 +162,19 @@ class InPython(OwnedIterator):  # type: ignore[misc]
 
     def as_in_fit(self) -> None:
         """Whoever calls `next` stands for a step of `fit`: batches come as they come to that."""
+        if self._queue is not None:
+            self._queue.by_ops()
         if self._passes is None:
             self._begin(self._in_functions)
 
     def __next__(self) -> Any:
-        batch = self._next()
+        try:
+            batch = self._next()
+        except RuntimeError as error:
+            # So TensorFlow tells of a Ctrl-C that waited while its op ended with an error.
+            if "REPLACED BY KeyboardInterrupt" in str(error):
+                raise KeyboardInterrupt from None
+            raise
         self._came += 1
         if self._came > (self._most or self._came):
             raise WorkerError(

@@ -212,7 +212,7 @@ class QueueRunner(Resumable):
                 feeder = self._with_workers(self._graph.spec, n_threads)
                 with interrupts.held_back():  # they produce while the queue's ops are prepared
                     self._place.begin(self._graph.attach(sess))
-                feeder.feed(self._place.queue, self._place.newest)
+                feeder.feed(self._place.queue, self._place.newest, interrupts.ear.now())
         except BaseException:
             self.stop()
             raise
@@ -257,6 +257,7 @@ class QueueRunner(Resumable):
         return self._place.goes_on
 
     def _open_pass(self, shape: Shape) -> tuple[EagerQueue, int]:
+        since = interrupts.ear.now()  # from here on the consumer waits
         with self._lock:
             # A pipeline that reads ahead, of fit or of repeat(), outlives the `with` block.
             if self._exited:
@@ -267,7 +268,7 @@ class QueueRunner(Resumable):
             queue = EagerQueue(shape)
             self._place.begin(queue)
             self._passed.append(queue)
-            feeder.feed(queue, self._place.newest)
+            feeder.feed(queue, self._place.newest, since)
             return queue, self._place.newest
 
     def _end_pass(self, number: int) -> None:

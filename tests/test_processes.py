@@ -80,7 +80,7 @@ def test_where_no_more_processes_can_be_had_the_others_end(monkeypatch, fails):
     else:
         feeder = options.feeder(n, None, 0)
         try:
-            feeder.feed(Endless(), 0)
+            feeder.feed(Endless(), 0, time.monotonic())
             feeder._thread.join(IN_SECONDS)
         finally:
             feeder.stop()

@@ -7,6 +7,7 @@
                                                           │ Chunk | Ended | Lost | Skipped
                                                           ▼
                          Feeder ──arrays──► tf_queue (graph or eager) ──► training
+                                   past it, for a loop in Python: handover.py
 
     a process:  child.main ──wire──► ProcessPool; batches by ring.py, the factory by pickling.py
 

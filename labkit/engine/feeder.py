@@ -72,7 +72,7 @@ class Feeder:
         self._ended: set[int] = set()
         self._lost: set[int] = set()
         self._spec_known = threading.Event()
-        self._queues: queues.SimpleQueue[tuple[Queue, int] | None] = queues.SimpleQueue()
+        self._queues: queues.SimpleQueue[tuple[Queue, int, float] | None] = queues.SimpleQueue()
         self._queue: Queue | None = None  # the newest pass's
         self._stopping = threading.Event()
         self._over = self._told = False
@@ -95,15 +95,17 @@ class Feeder:
             raise WorkerError("labkit: stopped before the first batch.")
         return self.pool.spec
 
-    def feed(self, queue: Queue, epoch: int) -> None:
-        """Gives up the pass before; fills `queue` with the pass `epoch`, and then closes it."""
+    def feed(self, queue: Queue, epoch: int, since: float) -> None:
+        """Gives up the pass before; fills `queue` with the pass `epoch`, and then closes it. A
+        Ctrl-C that came after `since`, as the ear counts, is one that the consumer has to learn of.
+        """
         if self.terms.share is not None:
             given = self.terms.order.used(epoch) if self.terms.order else 0
             queue = EvenQueue(queue, self.terms.share, self.heard, given)
         before, self._queue = self._queue, queue
         if before is not None:
             before.close(cancel=True)
-        self._queues.put((queue, epoch))
+        self._queues.put((queue, epoch, since))
         self.pool.wake()
         if self._over:
             queue.close(cancel=True)
@@ -199,7 +201,7 @@ class Feeder:
                     raise self._nothing_came(message.worker)
                 self.pool.set_active(self.pool.active + 1)
 
-    def _feed(self, queue: Queue, epoch: int) -> None:
+    def _feed(self, queue: Queue, epoch: int, since: float) -> None:
         if queue is not self._queue:
             return  # given up before it began
         if epoch != self.pool.epoch:
@@ -210,7 +212,7 @@ class Feeder:
         self.heard.counts.clear()
         self._take_turns(epoch)
         self.pool.set_active(self._wanted())
-        interrupt = _LostInterrupt(queue, self.terms)
+        interrupt = _LostInterrupt(queue, self.terms, since)
         while not self._stopping.is_set() and queue is self._queue:
             if self._all_done():
                 self._finish(queue)
@@ -350,10 +352,9 @@ class Feeder:
 class _LostInterrupt:
     """Ends the run if a second after a Ctrl-C the consumer still waits, or takes, in this pass."""
 
-    def __init__(self, queue: Queue, terms: Terms) -> None:
-        self.queue, self.terms = queue, terms
-        ear.came_since(0.0)  # what is not heard yet belongs to what was before
-        self.began = self.look_again = time.monotonic()
+    def __init__(self, queue: Queue, terms: Terms, since: float) -> None:
+        self.queue, self.terms, self.began = queue, terms, since
+        self.look_again = time.monotonic()
         self.taken: int | None = None  # by the consumer, at the first look after the Ctrl-C
 
     def check(self, put: int) -> None:

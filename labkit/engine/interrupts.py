@@ -65,6 +65,11 @@ class _Ear:
                 signal.set_wakeup_fd(-1)
                 self._close_pair()
 
+    def now(self) -> float:
+        """The time, as `came_since` takes it: what came before has been heard."""
+        self.came_since(0.0)
+        return time.monotonic()
+
     def came_since(self, began: float) -> float | None:
         """Seconds since the first Ctrl-C after `began` (monotonic), or None if there was none.
 

@@ -16,11 +16,15 @@ import numpy as np
 
 from labkit.engine.batches import Component, Spec, short
 from labkit.engine.filled import FilledQueue
+from labkit.engine.handover import Handover
 from labkit.quiet import tf
+
+from tensorflow.python.framework.ops import EagerTensor  # isort: skip
 
 _v1 = tf.compat.v1
 _GROUPS = (32, 8, 1)
 _RESTING = 64
+_CPU = "/job:localhost/replica:0/task:0/device:CPU:0"
 _CLOSED = (tf.errors.OpError, RuntimeError)
 
 
@@ -257,12 +261,15 @@ class EagerQueue(FilledQueue):
             )
             self.counter = tf.Variable(0, trainable=False, dtype=tf.int64)
         self._here, self._counting = 0, threading.Lock()  # batches that came out by `take`
+        self._handover = None if shape.mixes else Handover(shape.capacity // shape.batch_size)
         weakref.finalize(self, names.give_back, name, self.handle).atexit = False
 
     def _put(self, arrays: list[Any]) -> None:
+        if self._handover is not None and self._handover.put(lambda: list(map(_tensor, arrays))):
+            return
         with tf.device("/CPU:0"):
             if not self._shape.mixes:
-                tf.raw_ops.QueueEnqueueV2(handle=self.handle, components=arrays)
+                self._queue_up(arrays)
                 return
             if isinstance(arrays[0], np.ndarray):
                 tf.raw_ops.QueueEnqueueManyV2(handle=self.handle, components=arrays)
@@ -270,10 +277,20 @@ class EagerQueue(FilledQueue):
             for sample in zip(*arrays, strict=True):
                 tf.raw_ops.QueueEnqueueV2(handle=self.handle, components=sample)
 
+    def _queue_up(self, parts: list[Any]) -> None:
+        tf.raw_ops.QueueEnqueueV2(handle=self.handle, components=parts)
+
     def _count(self) -> int:
-        return int(tf.raw_ops.QueueSizeV2(handle=self.handle))
+        return int(tf.raw_ops.QueueSizeV2(handle=self.handle)) + len(self._handover or ())
+
+    def by_ops(self) -> None:
+        """Others than a loop in Python take as well: all batches go into TensorFlow's queue."""
+        if self._handover is not None:
+            _eagerly(functools.partial(self._handover.end, self._queue_up))
 
     def _close_it(self, cancel: bool) -> None:
+        if self._handover is not None:
+            self._handover.end((lambda parts: None) if cancel else self._queue_up)
         tf.raw_ops.QueueCloseV2(handle=self.handle, cancel_pending_enqueues=cancel)
 
     def _drain_some(self) -> None:
@@ -281,11 +298,21 @@ class EagerQueue(FilledQueue):
 
     def take(self) -> Any:
         """The next batch, in the batch's structure. Raises OpError if the queue is closed."""
-        with tf.device("/CPU:0"):
-            parts = dequeue(self.handle, self._shape)
+        if self._handover is None:
+            parts = self._dequeue()
+        else:
+            try:
+                parts = self._handover.take(self.taken, self._dequeue)
+            except BaseException:  # an interrupt may have lost one that was on its way
+                self.by_ops()
+                raise
         with self._counting:
             self._here += 1
         return self._shape.spec.pack(iter(parts))
+
+    def _dequeue(self) -> list[tf.Tensor]:
+        with tf.device("/CPU:0"):
+            return dequeue(self.handle, self._shape)
 
     def taken(self) -> int:
         """Batches that came out, of a queue that does not mix."""
@@ -296,6 +323,11 @@ class EagerQueue(FilledQueue):
 
     def close(self, cancel: bool) -> None:
         _eagerly(functools.partial(super().close, cancel))
+
+
+def _tensor(array: np.ndarray) -> tf.Tensor:
+    """The array as it lies: `tf.constant` would copy it, an op takes five times as long."""
+    return EagerTensor(array, _CPU, None)
 
 
 def dequeue(handle: tf.Tensor, shape: Shape) -> list[tf.Tensor]:
