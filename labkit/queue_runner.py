@@ -280,8 +280,7 @@ class QueueRunner(Resumable):
         self.raise_if_failed()
         self._place.end()
         if self._asked and not self._told and self._batches() is None:
-            batches = -(-self.samples // self.batch_size)
-            self._told = warned_of_too_few(batches, *self._asked)
+            self._told = warned_of_too_few(-(-self.samples // self.batch_size), *self._asked)
 
     def _batches(self) -> int | None:
         rows = 0 if self._feeder is None else self._feeder.heard.rows
