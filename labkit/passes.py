@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import threading
 import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -142,7 +143,8 @@ class InPython(OwnedIterator):  # type: ignore[misc]
         self._in_functions, self._here, self._opened, self._most = in_functions, here, opened, most
         self._passes: tf.data.Dataset | None = None
         self._queue: EagerQueue | None = None
-        self._came = 0
+        self._came = self._inside = 0
+        self._turn = threading.Lock()
         super().__init__(components=(made,), element_spec=spec)
 
     @property
@@ -188,16 +190,29 @@ class InPython(OwnedIterator):  # type: ignore[misc]
             with contextlib.suppress(tf.errors.OpError):
                 return self._queue.take()
             self._queue = None
-        if self._passes is not None or not tf.executing_eagerly():
+        if not tf.executing_eagerly():
             return super().__next__()
-        # Of an endless pass a batch that is taken ahead would never come to a loop.
-        self._begin(self._here())
+        with self._turn:  # several threads may take
+            begun = self._queue is not None
+            first = self._passes is None
+            if first:
+                # Of an endless pass a batch that is taken ahead would never come to a loop.
+                self._begin(self._here())
+            self._inside += not begun
+        if begun:
+            return self._next()
         before = self._opened.count
-        batch = super().__next__()
-        # If others have begun as well, in other threads, it is not known whose is whose.
-        if self._opened.count == before + 1:
-            self._queue = self._opened.newest()
-        return batch
+        try:
+            batch = super().__next__()
+            with self._turn:
+                # If others have begun as well, in other threads, it is not known whose is whose;
+                # and another thread that is in here would take what counts as queued.
+                if first and self._opened.count == before + 1 and self._inside == 1:
+                    self._queue = self._opened.newest()
+            return batch
+        finally:
+            with self._turn:
+                self._inside -= 1
 
 
 @contextlib.contextmanager

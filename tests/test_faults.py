@@ -627,7 +627,7 @@ def test_a_program_ends_on_ctrl_c(program, repeat):
         cwd=Path(__file__).parents[1],
         env={
             **os.environ,
-            "PYTHONPATH": str(Path(__file__).parents[1]),
+            "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1]), *sys.path]),
             "PYTHONFAULTHANDLER": "1",
         },
         stdout=subprocess.PIPE,

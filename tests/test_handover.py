@@ -60,10 +60,12 @@ def test_a_loop_and_a_function_may_take_turns_at_one_iterator(captured):
         assert numbers(came + list(iterator)) == list(range(4 * BATCHES))
 
 
-def test_two_threads_may_take_from_one_iterator():
+@pytest.mark.parametrize("begun", [True, False])
+def test_two_threads_may_take_from_one_iterator(begun):
     with QueueRunner(numbered, n_workers=2, capacity=16, **ORDERED) as runner:
         iterator, came = iter(runner.dataset()), []
-        came.append(next(iterator))
+        if begun:
+            came.append(next(iterator))
         threads = [threading.Thread(target=lambda: came.extend(iterator)) for _ in range(2)]
         for thread in threads:
             thread.start()

@@ -57,7 +57,8 @@ class Handover:
         if not self._on and not self._over:
             gone = taken()
             with self._lock:
-                self._on, self._queued = not self._over, self._queued - gone
+                if not self._on and not self._over:  # nor has another thread begun meanwhile
+                    self._on, self._queued = True, self._queued - gone
         while True:
             with self._lock:
                 batch = self._ready.popleft() if self._ready and not self._queued else None

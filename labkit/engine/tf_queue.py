@@ -24,7 +24,6 @@ from tensorflow.python.framework.ops import EagerTensor  # isort: skip
 _v1 = tf.compat.v1
 _GROUPS = (32, 8, 1)
 _RESTING = 64
-_CPU = "/job:localhost/replica:0/task:0/device:CPU:0"
 _CLOSED = (tf.errors.OpError, RuntimeError)
 
 
@@ -260,12 +259,13 @@ class EagerQueue(FilledQueue):
                 else tf.raw_ops.FIFOQueueV2(capacity=shape.capacity // shape.batch_size, **common)
             )
             self.counter = tf.Variable(0, trainable=False, dtype=tf.int64)
+        self._device = self.handle.device
         self._here, self._counting = 0, threading.Lock()  # batches that came out by `take`
         self._handover = None if shape.mixes else Handover(shape.capacity // shape.batch_size)
         weakref.finalize(self, names.give_back, name, self.handle).atexit = False
 
     def _put(self, arrays: list[Any]) -> None:
-        if self._handover is not None and self._handover.put(lambda: list(map(_tensor, arrays))):
+        if self._handover is not None and self._handover.put(lambda: self._tensors(arrays)):
             return
         with tf.device("/CPU:0"):
             if not self._shape.mixes:
@@ -276,6 +276,10 @@ class EagerQueue(FilledQueue):
                 return
             for sample in zip(*arrays, strict=True):
                 tf.raw_ops.QueueEnqueueV2(handle=self.handle, components=sample)
+
+    def _tensors(self, arrays: list[np.ndarray]) -> list[tf.Tensor]:
+        """Arrays as they lie: `tf.constant` would copy them, and an op takes five times as long."""
+        return [EagerTensor(array, self._device, None) for array in arrays]
 
     def _queue_up(self, parts: list[Any]) -> None:
         tf.raw_ops.QueueEnqueueV2(handle=self.handle, components=parts)
@@ -323,11 +327,6 @@ class EagerQueue(FilledQueue):
 
     def close(self, cancel: bool) -> None:
         _eagerly(functools.partial(super().close, cancel))
-
-
-def _tensor(array: np.ndarray) -> tf.Tensor:
-    """The array as it lies: `tf.constant` would copy it, an op takes five times as long."""
-    return EagerTensor(array, _CPU, None)
 
 
 def dequeue(handle: tf.Tensor, shape: Shape) -> list[tf.Tensor]:
