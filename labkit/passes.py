@@ -164,8 +164,8 @@ class InPython(OwnedIterator):  # type: ignore[misc]
 
     def as_in_fit(self) -> None:
         """Whoever calls `next` stands for a step of `fit`: batches come as they come to that."""
-        if self._queue is not None:
-            self._queue.by_ops()
+        if (queue := self._queue) is not None:
+            queue.by_ops()
         if self._passes is None:
             self._begin(self._in_functions)
 
@@ -186,9 +186,9 @@ class InPython(OwnedIterator):  # type: ignore[misc]
         return batch
 
     def _next(self) -> Any:
-        if self._queue is not None and tf.executing_eagerly():
+        if (queue := self._queue) is not None and tf.executing_eagerly():
             with contextlib.suppress(tf.errors.OpError):
-                return self._queue.take()
+                return queue.take()
             self._queue = None
         if not tf.executing_eagerly():
             return super().__next__()
