@@ -134,6 +134,49 @@ def test_ctrl_c_ends_a_loop_that_waits_for_a_batch():
     assert time.monotonic() - began < IN_SECONDS
 
 
+def test_a_signal_handler_may_stop_the_run_while_the_loop_takes():
+    def endless():
+        while True:
+            yield np.zeros(4)
+
+    before = signal.getsignal(signal.SIGALRM)
+    try:
+        for trial in range(20):
+            runner = QueueRunner(endless, 4, capacity=24, shuffle=False)
+            signal.signal(signal.SIGALRM, lambda *_, runner=runner: runner.stop())
+            signal.setitimer(signal.ITIMER_REAL, 0.3 + 0.0007 * trial)
+            with pytest.raises((tf.errors.OpError, WorkerError, StopIteration)):
+                iterator = iter(runner.dataset())
+                while True:
+                    next(iterator)
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            runner.stop()
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+@pytest.mark.parametrize("locked", ["more", "room"])
+def test_who_is_about_to_wait_is_not_forgotten_by_an_end_in_between(locked):
+    handover = Handover(1)
+    assert not handover.put(lambda: 0)
+    assert handover.take(lambda: 0, lambda: 0) == 0
+    bell = handover._more if locked == "more" else handover._room_for_more
+
+    class EndsFirst(int):
+        def __add__(self, other):
+            handover.end(lambda batch: None)
+            bell.waiting = 0
+            return other
+
+    bell.waiting = EndsFirst()
+    if locked == "more":
+        assert handover.take(lambda: 1, lambda: "queued") == "queued"
+    else:
+        handover._ready.append("one")
+        assert not handover.put(lambda: "two")
+
+
 def test_ctrl_c_while_tensorflow_traces_is_not_lost(monkeypatch):
     real = passes._dataset
 

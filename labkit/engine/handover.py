@@ -24,7 +24,7 @@ class Handover:
     def __init__(self, room: int) -> None:
         # Whoever waits for room waits for a quarter of all: to wake up costs as much as to put.
         self._room, self._low = room, room - max(1, room // 4)
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # a signal's handler may stop the run in the midst of `take`
         self._ready: collections.deque[Any] = collections.deque()
         self._queued = 0  # batches in TensorFlow's queue, and on the way into it
         self._on = self._over = False
@@ -47,6 +47,8 @@ class Handover:
                     return True
                 if batch is not None:
                     self._room_for_more.waiting += 1
+                    if self._over:
+                        continue
             if batch is not None:
                 self._room_for_more.wait()
             else:
@@ -70,6 +72,8 @@ class Handover:
                     self._queued -= 1
                     break
                 self._more.waiting += 1
+                if self._over:  # just now, by this thread's handler: nobody rings any more
+                    continue
             self._more.wait()
         try:
             return dequeue()
