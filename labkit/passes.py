@@ -143,14 +143,17 @@ class InPython(OwnedIterator):  # type: ignore[misc]
         self._in_functions, self._here, self._opened, self._most = in_functions, here, opened, most
         self._passes: tf.data.Dataset | None = None
         self._queue: EagerQueue | None = None
-        self._came = self._inside = 0
+        self._came = 0
+        self._inside: set[int] = set()  # threads that take by way of tf.data
+        self._in_function = False  # an iterator that was asked for may be captured, so for good
         self._turn = threading.Lock()
         super().__init__(components=(made,), element_spec=spec)
 
     @property
     def _iterator_resource(self) -> tf.Tensor:
         """What TensorFlow asks for, ahead of all that it does with an iterator."""
-        self.as_in_fit()
+        if threading.get_ident() not in self._inside:
+            self.as_in_fit()
         return self._made
 
     @_iterator_resource.setter
@@ -164,10 +167,13 @@ class InPython(OwnedIterator):  # type: ignore[misc]
 
     def as_in_fit(self) -> None:
         """Whoever calls `next` stands for a step of `fit`: batches come as they come to that."""
-        if (queue := self._queue) is not None:
+        with self._turn:
+            self._in_function = True
+            if self._passes is None:
+                self._begin(self._in_functions)
+            queue = self._queue
+        if queue is not None:
             queue.by_ops()
-        if self._passes is None:
-            self._begin(self._in_functions)
 
     def __next__(self) -> Any:
         try:
@@ -198,7 +204,8 @@ class InPython(OwnedIterator):  # type: ignore[misc]
             if first:
                 # Of an endless pass a batch that is taken ahead would never come to a loop.
                 self._begin(self._here())
-            self._inside += not begun
+            if not begun:
+                self._inside.add(threading.get_ident())
         if begun:
             return self._next()
         before = self._opened.count
@@ -206,13 +213,13 @@ class InPython(OwnedIterator):  # type: ignore[misc]
             batch = super().__next__()
             with self._turn:
                 # If others have begun as well, in other threads, it is not known whose is whose;
-                # and another thread that is in here would take what counts as queued.
-                if first and self._opened.count == before + 1 and self._inside == 1:
+                # and another thread that is in here, or in a function, takes what is queued.
+                alone = len(self._inside) == 1 and not self._in_function
+                if first and self._opened.count == before + 1 and alone:
                     self._queue = self._opened.newest()
             return batch
         finally:
-            with self._turn:
-                self._inside -= 1
+            self._inside.discard(threading.get_ident())
 
 
 @contextlib.contextmanager

@@ -74,6 +74,56 @@ def test_two_threads_may_take_from_one_iterator(begun):
         assert sorted(numbers(came)) == list(range(4 * BATCHES))
 
 
+def test_a_function_that_comes_while_a_thread_waits_for_the_first_batch_gets_its_own():
+    begin, got = threading.Event(), []
+
+    def slow():
+        begin.wait(IN_SECONDS)
+        for _ in range(40):
+            yield np.zeros(4)
+
+    @tf.function
+    def ten(its):
+        return [next(its) for _ in range(10)]
+
+    spec = Component("x", (), np.float64)
+    with QueueRunner(slow, 4, capacity=32, shuffle=False, spec=spec) as runner:
+        iterator = iter(runner.dataset())
+        loop = threading.Thread(target=lambda: got.extend(next(iterator) for _ in range(30)))
+        loop.start()
+        wait_until(lambda: iterator._inside)
+        function = threading.Thread(target=lambda: got.extend(ten(iterator)))
+        function.start()
+        wait_until(lambda: iterator._in_function)
+        begin.set()
+        loop.join(IN_SECONDS)
+        function.join(IN_SECONDS)
+        assert len(got) == 40
+
+
+@pytest.mark.parametrize("number", range(1, 8))
+def test_an_interrupt_ahead_of_the_op_that_takes_out_loses_nothing(monkeypatch, number):
+    real, calls, came = queue_runner.EagerQueue._dequeue, [], []
+
+    def interrupted(queue):
+        calls.append(1)
+        if len(calls) == number:
+            time.sleep(0.1)  # in which the feeder fills what room there is
+            raise KeyboardInterrupt
+        return real(queue)
+
+    monkeypatch.setattr(queue_runner.EagerQueue, "_dequeue", interrupted)
+    with QueueRunner(numbered, capacity=32, **ORDERED) as runner:
+        iterator = iter(runner.dataset())
+        while len(came) < BATCHES:
+            try:
+                came.append(next(iterator))
+            except KeyboardInterrupt:
+                continue
+            time.sleep(0.01)
+        assert numbers(came) == list(range(4 * BATCHES))
+
+
 def test_the_queue_holds_no_more_than_its_capacity_and_says_how_much():
     made = []
 

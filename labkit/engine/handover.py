@@ -27,6 +27,7 @@ class Handover:
         self._lock = threading.RLock()  # a signal's handler may stop the run in the midst of `take`
         self._ready: collections.deque[Any] = collections.deque()
         self._queued = 0  # batches in TensorFlow's queue, and on the way into it
+        self._leaving = 0  # others that lie there, of takers who may not have come to them yet
         self._on = self._over = False
         self._room_for_more, self._more = _Bell(), _Bell()
 
@@ -35,24 +36,20 @@ class Handover:
 
     def put(self, make: Callable[[], Any]) -> bool:
         """Hands over what `make` makes, waiting for room. False: the batch is to be queued."""
-        batch = None
+        batch = make() if self._on else None  # None: it is queued, though a loop may begin just now
         while True:
             with self._lock:
-                if not self._on:
+                if not self._on or batch is None:
                     self._queued += 1
                     return False
-                if batch is not None and self._queued + len(self._ready) < self._room:
+                if self._held() < self._room:
                     self._ready.append(batch)
                     self._more.ring()
                     return True
-                if batch is not None:
-                    self._room_for_more.waiting += 1
-                    if self._over:
-                        continue
-            if batch is not None:
-                self._room_for_more.wait()
-            else:
-                batch = make()
+                self._room_for_more.waiting += 1
+                if self._over:  # just now, by this thread's handler: nobody rings any more
+                    continue
+            self._room_for_more.wait()
 
     def take(self, taken: Callable[[], int], dequeue: Callable[[], Any]) -> Any:
         """The next batch. `taken` were dequeued elsewhere before the first call of this."""
@@ -64,15 +61,16 @@ class Handover:
         while True:
             with self._lock:
                 batch = self._ready.popleft() if self._ready and not self._queued else None
-                if self._queued + len(self._ready) <= self._low:
+                if self._held() <= self._low:
                     self._room_for_more.ring()
                 if batch is not None:
                     return batch
-                if not self._on or self._queued:
+                if self._over or self._queued:
                     self._queued -= 1
+                    self._leaving += 1
                     break
                 self._more.waiting += 1
-                if self._over:  # just now, by this thread's handler: nobody rings any more
+                if self._over:  # see `put`
                     continue
             self._more.wait()
         try:
@@ -81,6 +79,12 @@ class Handover:
             with self._lock:
                 self._queued += 1
             raise
+        finally:
+            with self._lock:
+                self._leaving -= 1
+
+    def _held(self) -> int:
+        return self._queued + self._leaving + len(self._ready)
 
     def end(self, enqueue: Callable[[Any], None]) -> None:
         """From now on all batches are queued; those that are here by `enqueue`, which has room."""
