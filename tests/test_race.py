@@ -136,9 +136,10 @@ def test_ratios_are_paired_by_round_and_a_difference_within_them_is_a_tie(tmp_pa
     again = Results.load(tmp_path / "race.json")
     assert str(again) == str(results)
     plots.save(again.plot(), tmp_path / "race.png")
-    (tmp_path / "other.json").write_text(json.dumps({"format": 1}))
-    with pytest.raises(ValueError, match=r"expected a file that labkit\.race wrote"):
-        Results.load(tmp_path / "other.json")
+    for other in ('{"format": 1}', "[]", "no JSON", "\x00"):
+        (tmp_path / "other.json").write_text(other)
+        with pytest.raises(ValueError, match=r"expected a file that labkit\.race wrote"):
+            Results.load(tmp_path / "other.json")
 
 
 def test_a_races_bars_fall_though_the_medians_of_rates_have_another_order():
@@ -211,10 +212,11 @@ def test_who_does_not_run_is_named_with_the_reason(monkeypatch):
     for n, place in ((4, "small, 4 workers"), (32, "small, 32 workers")):
         for name in CONTESTANTS:
             assert ((n, name) in run) != (name in results.data["rows"][place]["left_out"])
-    said = track._announced(heats, results, 3, 1.0)
+    said = track._announced([(0, heat) for heat in 3 * heats], results, 3, 1.0)
     assert f"{3 * len(heats)} runs, about" in said and "torch is not installed" in said
     assert ": 2 rows, " in said and " 3 rounds: " in said
-    alone = track._announced(heats[:3], Results({"rows": {"small": {"left_out": {}}}}), 1, 1.0)
+    left, one = [(0, heat) for heat in heats[:3]], {"rows": {"small": {"left_out": {}}}}
+    alone = track._announced(left, Results(one), 1, 1.0)
     assert alone.startswith("labkit.race: 1 row, 1 contestant, 1 round: 3 runs, about ")
 
 
@@ -251,9 +253,90 @@ def test_rows_and_contestants_are_picked_by_parts_of_their_names():
 
 def test_all_rounds_have_all_heats_and_begin_with_another():
     heats = [track.Heat(row(), n, name) for n in (1, 2) for name in "abcdef"]
-    rounds = [track._in_turn(heats, number) for number in range(3)]
+    results = Results.of(3, 1.0)
+    for heat in heats:
+        results.enter(heat.place, heat.row.name, heat.n)
+    left = [list(track._left(heats, number, results)) for number in range(3)]
+    assert all(number == at for at, r in enumerate(left) for number, _ in r)
+    rounds = [[heat for _, heat in r] for r in left]
     assert all(sorted(r[:6], key=heats.index) == heats[:6] for r in rounds)
     assert len({r[0].name for r in rounds}) == 3
+
+
+class Runs:
+    """In place of `track.run`: notes the heats, and ends the race before the one named `ends`."""
+
+    def __init__(self, ends=()):
+        self.ends, self.heats = ends, []
+
+    def __call__(self, heat, *_):
+        if (heat.place, heat.name, len(self.heats)) == self.ends:
+            raise KeyboardInterrupt
+        self.heats.append((heat.place, heat.name))
+        return {"steps_per_second": 1.0, "cpu_seconds_per_step": 0.01}
+
+
+def gone_on_with(path, monkeypatch, **changed):
+    runs = Runs()
+    monkeypatch.setattr(track, "run", runs)
+    given = {"rows": ["sleep 5 ms", "JPEG"], "contestants": "labkit", "rounds": 2, "seconds": 1.0}
+    results = labkit.race(json=path, resume=True, progress=False, **{**given, **changed})
+    return runs.heats, results
+
+
+def test_a_race_that_was_ended_goes_on_with_the_rounds_that_are_not_whole(monkeypatch, tmp_path):
+    path = tmp_path / "race.json"
+    heats, whole = gone_on_with(tmp_path / "whole.json", monkeypatch)
+    places = list(dict.fromkeys(place for place, _ in heats))
+    of = {place: [name for at, name in heats if at == place] for place in places}
+    assert len(places) > 2 and "constant" in of[places[0]] and "constant" not in of[places[1]]
+    # In the midst of the second round of the second row.
+    first = len(heats) // 2 + len(of[places[0]]) // 2
+    ended = Runs((places[1], of[places[1]][len(of[places[1]]) // 2 + 1], first + 1))
+    monkeypatch.setattr(track, "run", ended)
+    with pytest.raises(KeyboardInterrupt):
+        labkit.race(rows=["sleep 5 ms", "JPEG"], contestants="labkit", rounds=2, seconds=1.0,
+                    json=path, progress=False)  # fmt: skip
+    assert not Results.load(path).data["complete"]
+    left, results = gone_on_with(path, monkeypatch)
+    assert left == heats[first:] and results.data["complete"]
+    assert len(results.data["resumed"]) == 1 and "Gone on with" in str(results)
+    for place, row in whole.data["rows"].items():
+        ran = results.data["rows"][place]
+        assert row["left_out"] == ran["left_out"] and row["rounds"].keys() == ran["rounds"].keys()
+        for name in row["rounds"]:
+            assert sorted(results.rates(place, name)) == [0, 1]
+    assert gone_on_with(path, monkeypatch)[0] == []
+    # More rounds, or another row, may follow.
+    assert len(gone_on_with(path, monkeypatch, rounds=3)[0]) == len(heats) // 2
+    more, results = gone_on_with(path, monkeypatch, rows=["JPEG", "NumPy aug"], rounds=3)
+    assert {place.partition(",")[0] for place, _ in more} == {"NumPy augmentation"}
+    assert list(results.data["rows"])[:2] == places[:2] and results.data["complete"]
+
+
+@pytest.mark.parametrize(
+    "changed, said",
+    [
+        ({"seconds": 2.0}, "but seconds was 1.0 and is 2.0. Begin anew, with another file"),
+        ({"contestants": "Grain"}, "labkit threads was 'to run' and is 'it was not entered'"),
+        ({"contestants": ["labkit", "serial"]}, "serial loop was 'it was not entered' and is"),
+    ],
+)
+def test_a_race_goes_on_with_the_same_race_alone(changed, said, monkeypatch, tmp_path):
+    path = tmp_path / "race.json"
+    gone_on_with(path, monkeypatch)
+    kept = path.read_text()
+    with pytest.raises(ValueError, match=r"race: expected to go on with the same race") as error:
+        gone_on_with(path, monkeypatch, **changed)
+    assert said in str(error.value)
+    assert path.read_text() == kept
+    data = json.loads(kept)
+    data["machine"]["processor"] = "another"
+    path.write_text(json.dumps(data))
+    with pytest.raises(ValueError, match="processor was 'another' and is "):
+        gone_on_with(path, monkeypatch)
+    with pytest.raises(ValueError, match="resume needs json, the file to go on with, got None"):
+        labkit.race(resume=True)
 
 
 def test_the_rows_make_what_they_say(tmp_path):

@@ -34,6 +34,8 @@ def _parser() -> Parser:
     counted = "counted in each run (default: %(default)s)"
     add("--seconds", metavar="SECONDS", type=float, default=3.0, help=counted)
     add("--json", metavar="FILE", help="write the results to FILE, after each run")
+    go_on = "go on with what the FILE of --json has, of the same race, ended before its end"
+    add("--resume", action="store_true", help=go_on)
     add("--png", metavar="FILE", help="draw them to FILE")
     return parser
 
@@ -52,6 +54,7 @@ def main(arguments: list[str] | None = None) -> int:
         results = race(
             factory, _step(parser, given.model), rows=_parts(given.rows), rounds=given.rounds,
             contestants=_parts(given.contestants), seconds=given.seconds, json=given.json,
+            resume=given.resume,
         )  # fmt: skip
     except (TypeError, ValueError) as error:
         if not str(error).startswith(("race: ", "labkit: ")):

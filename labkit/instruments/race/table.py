@@ -1,5 +1,6 @@
 """What a race found: kept as JSON, shown as tables."""
 
+import contextlib
 import json
 import math
 import statistics
@@ -29,6 +30,16 @@ def counted(n: int, what: str) -> str:
     return f"{n} {what}{'s' * (n != 1)}"
 
 
+def _expect_the_same(before: dict[str, Any], now: dict[str, Any], whose: str = "") -> None:
+    for name in {**before, **now}:
+        was, its = before.get(name, "not there"), now.get(name, "not there")
+        if was != its:
+            raise ValueError(
+                f"race: expected to go on with the same race, but {whose}{name} was {was!r} and is "
+                f"{its!r}. Begin anew, with another file."
+            )
+
+
 class Results:
     """The results of `labkit.race`.
 
@@ -52,10 +63,22 @@ class Results:
     @staticmethod
     def load(path: str | Path) -> "Results":
         """Those that `save` wrote. Raises ValueError where the file is something else."""
-        data = json.loads(Path(path).read_text())
+        data = None
+        with contextlib.suppress(ValueError):
+            data = json.loads(Path(path).read_text())
         if not isinstance(data, dict) or data.get("format") != FORMAT or "rows" not in data:
             raise ValueError(f"race: expected a file that labkit.race wrote, got {path}.")
         return Results(data)
+
+    def after(self, path: str | Path) -> "Results":
+        """Those of a file, to go on with as these would have begun. Raises ValueError where what is
+        the same for a whole race differs."""
+        old, new = Results.load(path), self.data
+        before = {"seconds": old.data["seconds"], **old.data["machine"]}
+        _expect_the_same(before, {"seconds": new["seconds"], **new["machine"]})
+        rounds = max(new["rounds"], old.data["rounds"])
+        dates = [*old.data.get("resumed", []), new["date"]]
+        return Results({**old.data, "rounds": rounds, "resumed": dates, "complete": False})
 
     def save(self, path: str | Path) -> None:
         """Writes them as JSON."""
@@ -64,22 +87,41 @@ class Results:
     # ---------------------------------------------------------------- while it runs
 
     def enter(self, place: str, row: str, n: int) -> None:
-        self.data["rows"][place] = {"row": row, "workers": n, "rounds": {}, "left_out": {}}
+        new = {"row": row, "workers": n, "rounds": {}, "left_out": {}}
+        self.data["rows"].setdefault(place, new)
 
     def contestant(self, place: str, entry: Contestant, n: int, reason: str) -> None:
+        """Raises ValueError where that is not so in the race that this one goes on with."""
         if not entry.missing():
-            self.data["contestants"][entry.name] = {
+            told = {
                 "setting": entry.setting, "version": entry.version, "lines": entry.lines,
                 "own_number": entry.own_number, "alone": entry.alone, "in_fit": entry.in_fit,
             }  # fmt: skip
+            before = self.data["contestants"].setdefault(entry.name, told)
+            _expect_the_same(before, told, f"{entry.name}'s ")
+        row, name = self.data["rows"][place], entry.name
+        known = {name: "to run" if name in row["rounds"] else row["left_out"].get(name)}
+        if known[name]:
+            _expect_the_same(known, {name: reason or "to run"}, f"in {place}, ")
         if reason:
-            self.data["rows"][place]["left_out"][entry.name] = reason
+            row["left_out"][name] = reason
         else:
-            self.data["rows"][place]["rounds"][entry.name] = []
+            row["rounds"].setdefault(name, [])
 
     def note(self, place: str, name: str, number: int, found: dict[str, Any]) -> None:
-        row = self.data["rows"][place]
-        row["rounds"].setdefault(name, []).append({"round": number, **found})
+        runs = self.data["rows"][place]["rounds"].setdefault(name, [])
+        runs[:] = [run for run in runs if run["round"] != number]  # of a round that was not whole
+        runs.append({"round": number, **found})
+
+    def has(self, place: str, name: str, number: int) -> bool:
+        runs = self.data["rows"][place]["rounds"].get(name, [])
+        return any(run["round"] == number for run in runs)
+
+    def end(self) -> None:
+        """Notes whether every round of every row has run."""
+        numbers, rows = range(self.data["rounds"]), self.data["rows"]
+        names = [(place, name) for place in rows for name in rows[place]["rounds"]]
+        self.data["complete"] = all(self.has(*at, number) for at in names for number in numbers)
 
     # ---------------------------------------------------------------- what it says
 
@@ -186,6 +228,7 @@ class Results:
     def __str__(self) -> str:
         machine = self.data["machine"]
         state = "" if self.data["complete"] else " Not complete."
+        state += "".join(f" Gone on with {date}." for date in self.data.get("resumed", ()))
         head = (
             f"Race of {self.data['date']} on {machine['processor']}, {machine['cores']} cores, "
             f"TensorFlow {machine['tensorflow']}; {counted(self.data['rounds'], 'round')} of "

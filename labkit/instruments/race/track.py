@@ -76,6 +76,7 @@ def race(
     rounds: int = 3,
     seconds: float = 3.0,
     json: str | Path | None = None,
+    resume: bool = False,
     progress: bool = True,
 ) -> Results:
     """Runs one generator and one model through every way of feeding that there is on this machine.
@@ -95,17 +96,22 @@ def race(
         rounds: how often each contestant runs in each row.
         seconds: that are counted in each run, after a warm-up.
         json: a file for the results, written anew after each run.
+        resume: go on with what that file has, of a race that was ended: with the same contestants,
+            settings and machine; there may be more rows or rounds. A row's round that is not whole
+            runs anew, since its runs are compared with each other.
         progress: print how long it will take, and each run.
 
     Returns:
         the results: print them, or look at `.data`; `.ranked`, `.ratio`, `.save` and `.plot`.
 
     Raises:
-        ValueError: an argument is not as above, or nothing bears a name that was given.
+        ValueError: an argument is not as above, nothing bears a name that was given, or the file
+            to go on with is of another race.
         TypeError: the iterator or the step cannot be sent to another process.
     """
     expect(is_integer(rounds, 1), "race: rounds must be an integer >= 1", rounds)
     expect(is_number(seconds) and seconds > 0, "race: seconds must be a number > 0", seconds)
+    expect(json is not None or not resume, "race: resume needs json, the file to go on with", json)
     with (
         _ended_by_sigterm(),
         tempfile.TemporaryDirectory(prefix="labkit-race-", ignore_cleanup_errors=True) as folder,
@@ -115,20 +121,22 @@ def race(
         entered = _picked("contestants", CONTESTANTS, contestants)
         kind = "cnn" if step is None else "keras" if hasattr(step, "train_on_batch") else "other"
         results = Results.of(rounds, seconds)
+        if json is not None and resume and Path(json).exists():
+            results = results.after(json)
         heats = list(_heats(chosen, entered, kind, results))
+        left = [at for number in range(rounds) for at in _left(heats, number, results)]
         if progress:
-            print(_announced(heats, results, rounds, seconds), flush=True)
-        for number in range(rounds):
-            for at, heat in enumerate(_in_turn(heats, number)):
-                found = run(heat, step, seconds, home)
-                for place in heat.places:
-                    results.note(place, heat.name, number, found)
-                if progress:
-                    done = f"{number * len(heats) + at + 1}/{rounds * len(heats)}"
-                    print(f"{done} {heat.place}: {heat.name}: {_said(found)}", flush=True)
-                if json is not None:
-                    results.save(json)
-        results.data["complete"] = True
+            print(_announced(left, results, rounds, seconds), flush=True)
+        for at, (number, heat) in enumerate(left):
+            found = run(heat, step, seconds, home)
+            for place in heat.places:
+                results.note(place, heat.name, number, found)
+            if progress:
+                said = f"{at + 1}/{len(left)} {heat.place}: {heat.name}: {_said(found)}"
+                print(said, flush=True)
+            if json is not None:
+                results.save(json)
+        results.end()
         if json is not None:
             results.save(json)
         return results
@@ -212,25 +220,25 @@ def _heats(
                     yield Heat(row, n, entry.name)
 
 
-def _in_turn(heats: list[Heat], number: int) -> list[Heat]:
-    """Each round begins with another contestant, so that none always follows the same one."""
-    found = []
+def _left(heats: list[Heat], number: int, results: Results) -> Iterator[tuple[int, Heat]]:
+    """What is to run in a round. Each begins with another contestant, so that none always follows
+    the same one."""
     for place in dict.fromkeys(heat.place for heat in heats):
         those = [heat for heat in heats if heat.place == place]
-        shift = number * max(1, len(those) // 3) % len(those)
-        found += those[shift:] + those[:shift]
-    return found
+        if not all(results.has(place, heat.name, number) for heat in those):
+            shift = number * max(1, len(those) // 3) % len(those)
+            yield from ((number, heat) for heat in those[shift:] + those[:shift])
 
 
-def _announced(heats: list[Heat], results: Results, rounds: int, seconds: float) -> str:
-    took = rounds * sum(heat.takes(seconds) for heat in heats)
-    names = {heat.name for heat in heats} - {CONSTANT, ALONE}
+def _announced(left: list[tuple[int, Heat]], results: Results, rounds: int, seconds: float) -> str:
+    took = sum(heat.takes(seconds) for _, heat in left)
+    names = {heat.name for _, heat in left} - {CONSTANT, ALONE}
     absent = sorted({r for row in results.data["rows"].values() for r in row["left_out"].values()})
     absent = [reason for reason in absent if reason.endswith("is not installed")]
     return (
         f"labkit.race: {counted(len(results.data['rows']), 'row')}, "
         f"{counted(len(names), 'contestant')}, {counted(rounds, 'round')}: "
-        f"{counted(rounds * len(heats), 'run')}, about "
+        f"{counted(len(left), 'run')}, about "
         + (f"{took:.0f} s." if took < 120 else f"{took / 60:.0f} min.")
         + "".join(f"\nlabkit.race: not run: {reason}." for reason in absent)
     )
