@@ -10,7 +10,7 @@ import pytest
 
 import labkit
 from labkit import QueueRunner
-from labkit.instruments import taking, watch_fit
+from labkit.instruments import slowing, taking, watch_fit
 from labkit.instruments.meter import Meter, of_a_ready_batch
 from labkit.instruments.slowing import Slowing
 from labkit.instruments.tap import Tap
@@ -208,8 +208,14 @@ def counted(n, fails_at=None):
     return tf.data.Dataset.from_generator(factory, output_signature=spec)
 
 
+@pytest.fixture
+def at_once(monkeypatch):
+    """Batches are taken ahead as soon as there are enough calls to compare with."""
+    monkeypatch.setattr(watch_fit, "_READ_EVERY", 0.0)
+
+
 @pytest.mark.parametrize(("together", "known"), [(1, True), (8, False)])
-def test_batches_taken_ahead_are_trained_on_in_their_order(together, known):
+def test_batches_taken_ahead_are_trained_on_in_their_order(together, known, at_once):
     calls, losses, kept = LONG if together == 1 else 70, [], labkit.watch()
     steps = calls * together + (0 if known else 3)
     for callbacks in ([], [kept]):
@@ -224,12 +230,66 @@ def test_batches_taken_ahead_are_trained_on_in_their_order(together, known):
     assert 0 <= kept.epochs[0].share <= 1 and kept.epochs[0].measured < kept.epochs[0].seconds
 
 
-def test_what_fails_while_batches_are_taken_ahead_fails_at_its_own_step():
+def test_what_fails_while_batches_are_taken_ahead_fails_at_its_own_step(at_once):
     model, kept, at = new_model(), labkit.watch(), BESIDE + 10
     with pytest.raises(tf.errors.InvalidArgumentError, match="the generator's own"):
         model.fit(counted(LONG, fails_at=at), verbose=0, callbacks=[kept])
     assert int(model.optimizer.iterations) == at
     assert kept.epochs[0].steps - kept.epochs[0].calls == at - 1 - BESIDE  # were held
+
+
+@pytest.fixture
+def seldom(monkeypatch, at_once):
+    """Watching takes all that it may of the time at once, so most calls go unseen."""
+    monkeypatch.setattr(watch_fit, "_WATCHING", 1e-9)
+    seen = []
+    step = FitWatch.step
+    monkeypatch.setattr(FitWatch, "step", lambda *of: seen.append(1) or step(*of))
+    return seen
+
+
+@pytest.fixture
+def not_ahead(monkeypatch):
+    monkeypatch.setattr(Slowing, "calls_to_hold", lambda *_: 0)
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_of_short_steps_most_go_unseen_and_all_are_counted(known, seldom, monkeypatch):
+    monkeypatch.setattr(slowing, "_OFTEN", math.inf)  # once
+    steps, losses, kept = 400, [], labkit.watch()
+    for callbacks in ([], [kept]):
+        model = new_model()
+        data = counted(steps).repeat(2 if known else 1)
+        options = {"steps_per_epoch": steps if known else None, "verbose": 0, "shuffle": False}
+        history = model.fit(data, epochs=2, callbacks=callbacks, **options)
+        losses.append(history.history["loss"])
+    assert losses[0] == losses[1]
+    assert [epoch.steps for epoch in kept.epochs] == [steps - 1, steps]
+    assert len(seldom) < steps and kept._slowing.known
+    for epoch in kept.epochs:
+        assert 0 < epoch.measured < epoch.seconds and 0 <= epoch.share <= 1
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_seconds_of_calls_that_go_unseen_are_those_of_training(known, seldom, not_ahead):
+    slow = tf.data.Dataset.from_generator(
+        lambda: (time.sleep(1.0) or (X, Y) for _ in range(2)),
+        output_signature=(tf.TensorSpec((None, 4)), tf.TensorSpec((None, 1))),
+    )
+    kept, began = labkit.watch(), time.perf_counter()
+    options = {"steps_per_epoch": 200 if known else None, "shuffle": False, "verbose": 0}
+    new_model().fit(counted(200), validation_data=slow, callbacks=[kept], **options)
+    assert kept.epochs[0].steps == 199 and BESIDE < len(seldom) < 50
+    assert kept.epochs[0].seconds < time.perf_counter() - began - 2.0
+
+
+def test_what_fails_in_a_call_that_goes_unseen_leaves_nothing(seldom, not_ahead):
+    model, kept = new_model(), labkit.watch()
+    with pytest.raises(tf.errors.InvalidArgumentError, match="the generator's own"):
+        model.fit(counted(200, fails_at=190), verbose=0, callbacks=[kept])
+    assert kept._calls.resting and not isinstance(model.train_function, Tap)
+    model.fit(counted(60), verbose=0, shuffle=False, callbacks=[kept])
+    assert [epoch.steps for epoch in kept.epochs] == [59]
 
 
 def noted(slowing, before, alone, after, spent=0.0):
@@ -276,8 +336,12 @@ def test_a_step_that_is_slower_while_data_are_made_counts_as_lost():
     # What a comparison cost has to be earned again before the next.
     slowing = noted(Slowing(), [0.005] * 16, [0.002] * 16, [0.005] * 16, spent=0.5)
     assert not slowing.calls_to_hold(math.inf)
-    slowing.note(1.0, calls=2)
-    assert slowing.calls_to_hold(math.inf)
+    slowing.note(1.0, calls=1)
+    assert not slowing.calls_to_hold(math.inf)
+    slowing.pass_by(1.0)  # in which nobody looked, so that what was seen before is no neighbour
+    assert slowing.in_a_row == 0 and not slowing.calls_to_hold(math.inf)
+    slowing.note(0.001, calls=BESIDE)
+    assert slowing.in_a_row == BESIDE and slowing.calls_to_hold(math.inf)
 
 
 def test_lost_is_waiting_and_what_steps_are_slower():

@@ -9,8 +9,9 @@ _STEPS, _LEAST = 16, 4  # to compare, and calls of which there have to be so man
 _WARM, _MOST_WARM, _WARM_SECONDS, _WAITED, _PART = 8, 80, 0.15, 0.05, 6
 _SKIP = 2  # times as many as were held: they have what was stored meanwhile
 _KEPT = 25  # comparisons, of those that came last
-_ENOUGH, _FIRST = 2, 3  # comparisons, to know how much is chance; that are made soon
-_OFTEN, _SELDOM = 4, 200  # times the seconds that one cost pass until the next
+_ENOUGH = 2  # comparisons, to know how much is chance
+# Times the seconds that one cost pass until the next: for so many, then for so many in all.
+_OFTEN, _FIRST, _SOMETIMES, _SOME, _SELDOM = 4, 3, 40, 8, 200
 
 
 @dataclass
@@ -18,6 +19,7 @@ class _Calls:
     calls: int = 0
     seconds: float = 0.0
     waited: float = 0.0
+    passed: float = 0.0  # seconds of others
 
     def add(self, calls: int, seconds: float, waited: float = 0.0) -> None:
         self.calls += calls
@@ -58,7 +60,13 @@ class Slowing:
     @property
     def compares(self) -> bool:
         """Whether it has to hear of each call at once: too few came since others were held."""
-        return self._skip > 0 or self._usual.calls < self._neighbours
+        return self._skip > 0 or (self._alone.calls > 0 and self._usual.calls < self._neighbours)
+
+    @property
+    def in_a_row(self) -> int:
+        """Calls that came one after the other, if those are enough to compare others with."""
+        enough = not self.compares and self._usual.calls >= self._neighbours
+        return self._usual.calls if enough else 0
 
     @property
     def seconds(self) -> float:
@@ -77,10 +85,12 @@ class Slowing:
         """0 for most calls: it costs what making and training at one time would have gained."""
         if self._useless or self._usual.calls < self._neighbours:
             return 0
-        times = _OFTEN if len(self._differences) < _FIRST else _SELDOM
+        known = len(self._differences)
+        times = _OFTEN if known < _FIRST else _SOMETIMES if known < _SOME else _SELDOM
         # Of those that are left, all, those that are skipped after them, and some to compare with.
         most = (left - self._neighbours) / (1 + _SKIP) - self._neighbours
-        if most < self._least_warm or self._usual.seconds < times * self._spent:
+        passed = self._usual.seconds + self._usual.passed
+        if most < self._least_warm or passed < times * self._spent:
             return 0
         return int(min(most, self._warm(left))) + self._neighbours
 
@@ -122,6 +132,11 @@ class Slowing:
         self._usual.add(calls, seconds, waited)
         if self._alone.calls and self._usual.calls >= self._neighbours:
             self._compare()
+
+    def pass_by(self, seconds: float) -> None:
+        """Some seconds of calls of which nothing is known: those before them are no neighbours."""
+        usual = self._usual
+        self._usual = _Calls(passed=usual.seconds + usual.passed + seconds)
 
     def _compare(self) -> None:
         before, alone, after = self._before.mean, self._alone.mean, self._usual.mean

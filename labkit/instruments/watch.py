@@ -32,9 +32,10 @@ def watch(iterable: Iterable[Any] | None = None, live: bool = False) -> Any:
     order, while none is made; an epoch of less than some 100 calls has no time for that. Of several
     `steps_per_execution` Keras takes the next batches while it trains; so what its calls take
     longer than those with batches taken ahead is the share, which a `fit` of less than some 30
-    calls does not tell. On a GPU, where a step goes on while Python has long gone ahead, every
-    tenth step is measured, or one in 0.1 s, with the device waited for before and after it; in a
-    loop of your own, wait for it yourself.
+    calls does not tell. Steps so short that watching each would take over 0.5 % of the time are
+    watched for a while, now and then. On a GPU, where a step goes on while Python has long gone
+    ahead, every tenth step is measured, or one in 0.1 s, with the device waited for before and
+    after it; in a loop of your own, wait for it yourself.
 
     Args:
         iterable: of batches, for a loop of your own; without it the result is a Keras callback.

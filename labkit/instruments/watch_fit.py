@@ -14,6 +14,7 @@ from labkit.quiet import tf
 # On a GPU waiting for the device costs what Python would have done ahead, a millisecond or two.
 _ON_A_GPU_EVERY, _ON_A_GPU_SECONDS = 10, 0.1
 _READ_EVERY = 0.02  # seconds, since to read the meter is a hundredth of a step of 2 ms
+_WATCHING, _MOST_REST = 0.005, 20  # of the time, and calls that go unseen for each that is seen
 
 
 class FitWatch(tf.keras.callbacks.Callback):
@@ -68,11 +69,19 @@ class FitWatch(tf.keras.callbacks.Callback):
         self._ended = time.perf_counter()
 
     def on_train_batch_begin(self, batch: int, logs: Any = None) -> None:
+        if self._calls.resting:
+            self._calls.resting -= 1
+            return
+        self._end_rest()
         self._calls.came = time.perf_counter()
         self._batch = batch
         self._tap.put()
 
+    def on_test_begin(self, logs: Any = None) -> None:
+        self._end_rest(ended=True)
+
     def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
+        self._end_rest(ended=True)
         self._count_since()
         waiting = self.epochs[-1]
         if self.params.get("steps") is None:
@@ -123,7 +132,7 @@ class FitWatch(tf.keras.callbacks.Callback):
         if measured and self._on_gpu:
             self._sync()
         began, self._ended = self._ended, time.perf_counter()
-        self._calls.note(made, max(0.0, asked - self._calls.came))
+        self._calls.note(1, made, max(0.0, asked - self._calls.came))
         self._note(self._ended - began, self._ended - asked, measured, held)
         self._calls.own += time.perf_counter() - self._ended
         return result
@@ -151,25 +160,55 @@ class FitWatch(tf.keras.callbacks.Callback):
             # With what Python does between two steps, which a lack of its lock slows as well; on a
             # GPU that is while the device is waited for.
             self._slowing.note_held(seconds - own if self._in_turn else whole)
-        elif self._slowing.skips():
+        elif self._slowing.skips() or self._calls.cold:
             self._waited()
+            self._calls.cold = False
         else:
             self._calls.since.append(seconds)
             if self._in_turn:
                 if measured:
-                    self._count_since()
+                    self._rest(self._count_since())
             elif measured or self._calls.together > 1:
                 self._count(whole)
 
-    def _count_since(self) -> None:
-        """Of calls one after the other, all waiting since the last that was measured."""
+    def _count_since(self) -> float:
+        """Of calls one after the other, all waiting since the last that was measured. Returns how
+        many may come unseen for each that is seen, so that watching takes but little of all."""
         since = self._calls.since
-        if self._in_turn and since:
-            waited, own = self._waited()
-            self._slowing.note((sum(since) - waited - own) / len(since), len(since), waited)
-            # Who waits would have waited longer without what watching took meanwhile.
-            self._add(waited + min(own, max(0.0, waited - own)))
-            self._calls.measured_at = time.perf_counter()
+        if not self._in_turn or not since:
+            return 0
+        waited, own = self._waited()
+        whole, calls = sum(since), len(since)
+        self._slowing.note((whole - waited - own) / calls, calls, waited)
+        # Who waits would have waited longer without what watching took meanwhile.
+        self._add(waited + min(own, max(0.0, waited - own)))
+        self._calls.measured_at = time.perf_counter()
+        return min(_MOST_REST, own / whole / _WATCHING - 1)
+
+    def _rest(self, times: float) -> None:
+        """So many times as many calls as were seen go unseen, ahead of those to be held. Not the
+        last one of an epoch, after which seconds would count that are no training."""
+        left, seen = self._calls_left(), self._slowing.in_a_row
+        most = int(min(times * seen, left - 2))
+        may = self._taker is not None and self._taker.one_device
+        if may and most > 0 and not self._slowing.calls_to_hold(left):
+            self._calls.rested = self._calls.resting = most
+
+    def _end_rest(self, ended: bool = False) -> None:
+        """Counts the calls that went unseen, up to now; of a pass that has ended the last one, if
+        its length was not known, was none."""
+        calls = self._calls.rested - self._calls.resting
+        self._calls.rested = self._calls.resting = 0
+        if not calls:
+            return
+        if ended and self.params.get("steps") is None and not self.model.stop_training:
+            calls -= 1
+        self._calls.note(calls)
+        self._calls.cold = True
+        began, self._ended = self._ended, time.perf_counter()
+        self._calls.measured_at = self._ended
+        self.epochs[-1].add(calls * self._calls.together, self._ended - began, None, 0.0)
+        self._slowing.pass_by(self._ended - began)
 
     def _count(self, whole: float) -> None:
         """Of a call with the device waited for, and those that it stands for; or of several steps,
@@ -221,6 +260,8 @@ class _Calls:
         since: seconds of each like any other since the last that was measured.
         made: seconds that making the iterator took since then.
         own: seconds that watching itself took since then, in Python.
+        resting, rested: that are to go unseen from here on, and were to at first.
+        cold: the next is the first that is seen again.
         came: when the newest began.
         measured_at: when the last one was.
     """
@@ -235,12 +276,14 @@ class _Calls:
         self._trained, self.steps = trained, 0
         self.since: list[float] = []
         self.made = self.own = 0.0
+        self.resting = self.rested = 0
+        self.cold = False
 
-    def note(self, made: float, own: float) -> None:
+    def note(self, calls: int, made: float = 0.0, own: float = 0.0) -> None:
         self.made += made
         self.own += own
-        self.done += 1
-        self.steps += self.together
+        self.done += calls
+        self.steps += calls * self.together
 
     def take_own(self) -> float:
         own, self.own = self.own, 0.0
