@@ -266,7 +266,7 @@ def test_all_rounds_have_all_heats_and_begin_with_another():
 class Runs:
     """In place of `track.run`: notes the heats, and ends the race before the one named `ends`."""
 
-    def __init__(self, ends=()):
+    def __init__(self, ends):
         self.ends, self.heats = ends, []
 
     def __call__(self, heat, *_):
@@ -276,8 +276,8 @@ class Runs:
         return {"steps_per_second": 1.0, "cpu_seconds_per_step": 0.01}
 
 
-def gone_on_with(path, monkeypatch, **changed):
-    runs = Runs()
+def gone_on_with(path, monkeypatch, ends=(), **changed):
+    runs = Runs(ends)
     monkeypatch.setattr(track, "run", runs)
     given = {"rows": ["sleep 5 ms", "JPEG"], "contestants": "labkit", "rounds": 2, "seconds": 1.0}
     results = labkit.race(json=path, resume=True, progress=False, **{**given, **changed})
@@ -292,11 +292,9 @@ def test_a_race_that_was_ended_goes_on_with_the_rounds_that_are_not_whole(monkey
     assert len(places) > 2 and "constant" in of[places[0]] and "constant" not in of[places[1]]
     # In the midst of the second round of the second row.
     first = len(heats) // 2 + len(of[places[0]]) // 2
-    ended = Runs((places[1], of[places[1]][len(of[places[1]]) // 2 + 1], first + 1))
-    monkeypatch.setattr(track, "run", ended)
+    ends = (places[1], of[places[1]][len(of[places[1]]) // 2 + 1], first + 1)
     with pytest.raises(KeyboardInterrupt):
-        labkit.race(rows=["sleep 5 ms", "JPEG"], contestants="labkit", rounds=2, seconds=1.0,
-                    json=path, progress=False)  # fmt: skip
+        gone_on_with(path, monkeypatch, ends)
     assert not Results.load(path).data["complete"]
     left, results = gone_on_with(path, monkeypatch)
     assert left == heats[first:] and results.data["complete"]

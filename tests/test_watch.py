@@ -413,7 +413,7 @@ def test_python_between_two_steps_counts_where_making_data_slows_it():
     kept, model = labkit.watch(), new_model()
     callbacks = [kept, Slowed()]
     model.fit(counted(LONG + 2 * BESIDE), verbose=0, callbacks=callbacks)
-    assert kept._slowing.known and kept.epochs[0].share > 0.1  # 0.9 where nobody else computes
+    assert kept._slowing.known and kept.epochs[0].share > 0.4
 
 
 @pytest.mark.parametrize("shapes", ["alike", "unlike"])

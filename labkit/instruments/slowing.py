@@ -85,8 +85,8 @@ class Slowing:
         """0 for most calls: it costs what making and training at one time would have gained."""
         if self._useless or self._usual.calls < self._neighbours:
             return 0
-        known = len(self._differences)
-        times = _OFTEN if known < _FIRST else _SOMETIMES if known < _SOME else _SELDOM
+        compared = len(self._differences)
+        times = _OFTEN if compared < _FIRST else _SOMETIMES if compared < _SOME else _SELDOM
         # Of those that are left, all, those that are skipped after them, and some to compare with.
         most = (left - self._neighbours) / (1 + _SKIP) - self._neighbours
         passed = self._usual.seconds + self._usual.passed

@@ -30,14 +30,12 @@ def counted(n: int, what: str) -> str:
     return f"{n} {what}{'s' * (n != 1)}"
 
 
-def _expect_the_same(before: dict[str, Any], now: dict[str, Any], whose: str = "") -> None:
-    for name in {**before, **now}:
-        was, its = before.get(name, "not there"), now.get(name, "not there")
-        if was != its:
-            raise ValueError(
-                f"race: expected to go on with the same race, but {whose}{name} was {was!r} and is "
-                f"{its!r}. Begin anew, with another file."
-            )
+def _expect_the_same(what: str, was: Any, now: Any) -> None:
+    if was != now:
+        raise ValueError(
+            f"race: expected to go on with the same race, but {what} was {was!r} and is {now!r}. "
+            "Begin anew, with another file."
+        )
 
 
 class Results:
@@ -74,8 +72,10 @@ class Results:
         """Those of a file, to go on with as these would have begun. Raises ValueError where what is
         the same for a whole race differs."""
         old, new = Results.load(path), self.data
-        before = {"seconds": old.data["seconds"], **old.data["machine"]}
-        _expect_the_same(before, {"seconds": new["seconds"], **new["machine"]})
+        _expect_the_same("seconds", old.data["seconds"], new["seconds"])
+        before, now = old.data["machine"], new["machine"]
+        for name in {**before, **now}:
+            _expect_the_same(name, before.get(name, "not there"), now.get(name, "not there"))
         rounds = max(new["rounds"], old.data["rounds"])
         dates = [*old.data.get("resumed", []), new["date"]]
         return Results({**old.data, "rounds": rounds, "resumed": dates, "complete": False})
@@ -98,11 +98,11 @@ class Results:
                 "own_number": entry.own_number, "alone": entry.alone, "in_fit": entry.in_fit,
             }  # fmt: skip
             before = self.data["contestants"].setdefault(entry.name, told)
-            _expect_the_same(before, told, f"{entry.name}'s ")
-        row, name = self.data["rows"][place], entry.name
-        known = {name: "to run" if name in row["rounds"] else row["left_out"].get(name)}
-        if known[name]:
-            _expect_the_same(known, {name: reason or "to run"}, f"in {place}, ")
+            for what, now in told.items():
+                _expect_the_same(f"{entry.name}'s {what}", before.get(what), now)
+        row, name, now = self.data["rows"][place], entry.name, reason or "to run"
+        was = "to run" if name in row["rounds"] else row["left_out"].get(name, now)
+        _expect_the_same(f"in {place}, {name}", was, now)
         if reason:
             row["left_out"][name] = reason
         else:
