@@ -13,7 +13,8 @@ from labkit import WorkerError, __version__
 from labkit.checkpoint import CheckpointError
 from labkit.data import MnistDataGenerator
 from labkit.engine import KINDS
-from labkit.train import PIPELINES, History, check_settings, train
+from labkit.settings import PIPELINES, check_settings
+from labkit.train import History, train
 
 _DEFAULTS = {name: p.default for name, p in inspect.signature(train).parameters.items()}
 

@@ -12,16 +12,14 @@ import numpy as np
 
 from labkit import callable_module, workloads
 from labkit.checkpoint import Checkpoint, together
-from labkit.checks import expect, is_folder_to_write, is_integer, is_number
 from labkit.data import MnistDataGenerator
 from labkit.engine import KINDS, interrupts
-from labkit.engine.options import queue_sizes
 from labkit.instruments.history import Epoch, History
 from labkit.instruments.progress import Progress, summary_of, summary_writers
 from labkit.instruments.step_timer import StepTimer
 from labkit.machine import describe_machine, fast_cpu
+from labkit.settings import check_settings, plain
 
-PIPELINES = ("feed_dict", "queue", "constant")
 _SUMMARY_EVERY = 50
 _VALID_BATCH = 500
 
@@ -89,7 +87,7 @@ def train(
     """
     n_workers = n_workers if n_threads is None else n_threads
     left_out = ("iterator", "on_start", "n_threads")
-    settings = {k: _plain(v) for k, v in locals().items() if k not in left_out}
+    settings = {k: plain(v) for k, v in locals().items() if k not in left_out}
     check_settings(settings)
     data = MnistDataGenerator(batch_size, workloads.sleep(delay) if delay else None, seed)
     factory = iterator or data.passes_iterator
@@ -250,49 +248,6 @@ class _Run:
         if self.writers:
             values = {"model/accuracy": epoch.valid_accuracy, "model/loss": epoch.valid_loss}
             self.writers[1].add_summary(summary_of(values), self.steps_taken)
-
-
-def _plain(value: Any) -> Any:
-    """A setting as JSON gives it back."""
-    if isinstance(value, Path):
-        return str(value)
-    if isinstance(value, np.generic):
-        return value.item()
-    return list(value) if isinstance(value, tuple) else value
-
-
-def check_settings(settings: dict[str, Any]) -> None:
-    """Fills in the sizes of the queue. Raises ValueError, which names it, for an argument of
-    `train` that is out of range."""
-
-    def check(name: str, fits: bool, what: str) -> None:
-        expect(fits, f"train: {name} must be {what}", settings[name])
-
-    several = settings["n_workers"] == "auto" or is_integer(settings["n_workers"], 1)
-    check("n_workers", several, "'auto' or an integer >= 1")
-    for name in ("epochs", "steps", "batch_size"):
-        check(name, is_integer(settings[name], 1), "an integer >= 1")
-    check("pipeline", settings["pipeline"] in PIPELINES, f"one of {PIPELINES}")
-    check("workers", settings["workers"] in KINDS, " or ".join(map(repr, KINDS)))
-    settings["order"] = settings["order"] or ("fixed" if settings["checkpoint"] else "any")
-    check("order", settings["order"] in ("any", "fixed"), "'any' or 'fixed'")
-    every = settings["save_every"]
-    check("save_every", every is None or is_integer(every, 1), "None or an integer >= 1")
-    if settings["checkpoint"]:
-        check("pipeline", settings["pipeline"] == "queue", "'queue' for a checkpoint")
-    in_turn = settings["order"] == "any" or settings["n_workers"] != "auto"
-    check("n_workers", in_turn, "a number for order='fixed', since workers take turns")
-    check("seed", is_integer(settings["seed"], 0, 2**31 - 1), "an integer from 0 to 2**31 - 1")
-    for name in ("delay", "learning_rate"):
-        check(name, is_number(settings[name]), "a number >= 0")
-    given = (settings[name] for name in ("batch_size", "capacity", "min_after_dequeue"))
-    settings["capacity"], settings["min_after_dequeue"] = queue_sizes(*given)
-    least = settings["min_after_dequeue"] + settings["batch_size"]
-    enough = settings["min_after_dequeue"] >= 0 and settings["capacity"] >= least
-    check("capacity", enough, f"at least min_after_dequeue + batch_size = {least}")
-    for name in ("log_dir", "checkpoint"):  # made here, so the last of the checks
-        folder = settings[name]
-        check(name, not folder or is_folder_to_write(folder), "a folder that can be written to")
 
 
 callable_module(train)

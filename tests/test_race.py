@@ -22,6 +22,7 @@ from labkit.instruments.race import group, lane, track, work
 from labkit.instruments.race.command import main
 from labkit.instruments.race.entry import CONTESTANTS, Contestant
 from labkit.instruments.race.table import Results
+from labkit.quiet import tf
 
 cloudpickle.register_pickle_by_value(sys.modules[__name__])
 SIZE, STEPS = 4, 20
@@ -77,6 +78,29 @@ def test_each_contestant_delivers_whole_batches_and_no_sample_twice(entry, monke
     assert [len(images) for images, _ in seen] == [SIZE] * STEPS
     assert all(np.array_equal(images[:, 1, 1, 0], numbers) for images, numbers in seen)
     assert len({float(n) for _, numbers in seen for n in numbers}) == STEPS * SIZE
+
+
+def cnn(name):
+    batches = work.Row("small", work.Small(), (1,))
+    return batches, lane._prepared(lane.Task(name, batches, 1, None, 0.0, 1.0), graph=False)
+
+
+def test_the_steps_of_a_loop_train_the_model():
+    batches, lap = cnn("serial loop")
+    batch = lane._tensors(batches.make(0))
+    losses = [float(lap.train(*batch)) for _ in range(40)]
+    assert losses[-1] < losses[0]
+
+
+def test_the_steps_that_fit_takes_train_the_same_model():
+    batches, lap = cnn("labkit threads in fit")
+    batch = lane._tensors(batches.make(0))
+    before = float(lap.train(*batch))
+    data = tf.data.Dataset.from_tensors(tuple(batch)).repeat(40)
+    (after,) = lane._in_keras(lap).fit(data, verbose=0).history["loss"]
+    # One step more would make it a little less again, and no step as much less as all of these.
+    last = float(lap.train(*batch))
+    assert before - after > 5 * abs(after - last)
 
 
 def test_a_lap_counts_steps_processors_memory_and_the_first_batch(monkeypatch):

@@ -15,7 +15,8 @@ import labkit
 from labkit import MnistDataGenerator, WorkerError
 from labkit.cli import main
 from labkit.instruments.progress import Forecast
-from labkit.train import Epoch, History, _Run, check_settings, train
+from labkit.settings import check_settings
+from labkit.train import Epoch, History, _Run, train
 
 # A queue that fills in a few batches, so that a run takes a second.
 QUICK = {

@@ -52,7 +52,7 @@ class Lap:
 
     Attributes:
         train: a training step, called with the parts of a batch.
-        model: builds the step's op from placeholders, for those with a graph of their own.
+        model: builds the step's result from placeholders, for those with a graph of their own.
         keras: the model for those that let `fit` take the steps; with `callback()`.
         most: batches that nobody reaches, for those that have to name a length.
         samples: how many were in the batches so far.
@@ -174,20 +174,19 @@ def _prepared(task: Task, graph: bool) -> Lap:
         return _with_step(task, batch, task.step)
     from labkit.quiet import tf
 
-    def model(images: Any, *others: Any) -> Any:
+    def op(images: Any, *others: Any) -> Any:
         if not task.row.trains:
-            return images[0, 0, 0, 0] + images[-1, -1, -1, -1]
+            return tf.cast(images[0, 0, 0, 0] + images[-1, -1, -1, -1], tf.float32)
         from labkit.model import model_fn
 
         scaled = images if images.dtype == tf.float32 else tf.cast(images, tf.float32) / 255
-        return model_fn({"images": scaled, "labels": others[0]})["train_op"]
-
-    def op(*parts: Any) -> Any:
-        with tf.control_dependencies([model(*parts)]):
-            return tf.constant(0)
+        made = model_fn({"images": scaled, "labels": others[0]})
+        # What somebody reads, not a constant: for that TensorFlow would leave out all before it.
+        with tf.control_dependencies([made["train_op"]]):
+            return tf.identity(made["loss"])
 
     if graph:
-        return Lap(task, lambda *parts: None, model)
+        return Lap(task, lambda *parts: None, op)
     specs = [tf.TensorSpec((None, *part.shape[1:]), part.dtype) for part in batch]
     taken = tf.compat.v1.wrap_function(op, specs)
     taken(*_tensors(batch))
@@ -195,7 +194,7 @@ def _prepared(task: Task, graph: bool) -> Lap:
     def train(images: Any, labels: Any) -> Any:
         return taken(images, labels)
 
-    return Lap(task, train, model)
+    return Lap(task, train, op)
 
 
 def _with_step(task: Task, batch: Any, step: Any) -> Lap:
@@ -223,8 +222,7 @@ def _in_keras(lap: Lap) -> Any:
 
     class Stepping(tf.keras.Model):
         def train_step(self, data: Any) -> Any:
-            with tf.control_dependencies([train(*data)]):
-                return {"loss": tf.constant(0.0), "samples": tf.shape(data[0])[0]}
+            return {"loss": train(*data), "samples": tf.shape(data[0])[0]}
 
     model = Stepping()
     model.compile(jit_compile=False)
