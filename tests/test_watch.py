@@ -298,7 +298,7 @@ def noted(slowing, before, alone, after, spent=0.0):
         assert not slowing.calls_to_hold(math.inf) and not slowing.skips()
         slowing.note(seconds)
     held = slowing.calls_to_hold(math.inf)
-    assert held > len(alone) and not slowing.calls_to_hold(3 * held)
+    assert held > len(alone) and not slowing.calls_to_hold(3 * (BESIDE + slowing._least_warm))
     slowing.hold(held, spent)
     for number in range(held):
         slowing.note_held(1.0 if number < held - len(alone) else alone[0])
@@ -342,6 +342,21 @@ def test_a_step_that_is_slower_while_data_are_made_counts_as_lost():
     assert slowing.in_a_row == 0 and not slowing.calls_to_hold(math.inf)
     slowing.note(0.001, calls=BESIDE)
     assert slowing.in_a_row == BESIDE and slowing.calls_to_hold(math.inf)
+
+
+def test_more_is_held_where_the_cores_rest_while_data_are_made():
+    beside, warm = [0.005] * BESIDE, slowing._WARM_SECONDS
+    cold = Slowing()
+    cold.note(0.005, BESIDE)
+    assert cold.calls_to_hold(math.inf) < 2 * BESIDE  # nothing is known of it yet
+    slower = noted(Slowing(), beside, [0.002] * BESIDE, beside)
+    assert slower.calls_to_hold(math.inf) == pytest.approx(BESIDE + warm / 0.002, abs=1)
+    assert 0 < slower.calls_to_hold(300) < slower.calls_to_hold(math.inf)
+    as_fast = noted(Slowing(), beside, [0.005] * BESIDE, beside)
+    assert as_fast.calls_to_hold(math.inf) == cold.calls_to_hold(math.inf)
+    waits = Slowing()
+    waits.note(0.005, BESIDE, waited=0.004 * BESIDE)
+    assert waits.calls_to_hold(math.inf) == pytest.approx(BESIDE + warm / 0.005, abs=1)
 
 
 def test_lost_is_waiting_and_what_steps_are_slower():

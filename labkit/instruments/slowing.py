@@ -5,7 +5,7 @@ import statistics
 from dataclasses import dataclass
 
 _STEPS, _LEAST = 16, 4  # to compare, and calls of which there have to be so many
-# Ahead of them, a few; and where the cores have waited, as many as take 0.15 s to wake them up.
+# Ahead of them, a few; and where the cores rest meanwhile, as many as take 0.15 s to wake them up.
 _WARM, _MOST_WARM, _WARM_SECONDS, _WAITED, _PART = 8, 80, 0.15, 0.05, 6
 _SKIP = 2  # times as many as were held: they have what was stored meanwhile
 _KEPT = 25  # comparisons, of those that came last
@@ -95,10 +95,10 @@ class Slowing:
         return int(min(most, self._warm(left))) + self._neighbours
 
     def _warm(self, left: float) -> int:
-        usual = self._usual
-        if self._together == 1 and usual.waited < _WAITED * usual.seconds:
+        usual, slow = self._usual, self.seconds
+        if self._together == 1 and usual.waited + slow * usual.calls < _WAITED * usual.seconds:
             return self._least_warm
-        wanted = _WARM_SECONDS / max(usual.mean, 1e-9)
+        wanted = _WARM_SECONDS / max(usual.mean - slow, 1e-9)
         most = min(_MOST_WARM / self._together, left / _PART)
         return max(self._least_warm, int(min(most, wanted)))
 
