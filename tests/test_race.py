@@ -80,21 +80,21 @@ def test_each_contestant_delivers_whole_batches_and_no_sample_twice(entry, monke
     assert len({float(n) for _, numbers in seen for n in numbers}) == STEPS * SIZE
 
 
-def cnn(name):
-    batches = work.Row("small", work.Small(), (1,))
-    return batches, lane._prepared(lane.Task(name, batches, 1, None, 0.0, 1.0), graph=False)
+def cnn():
+    """A lap whose step trains the CNN, and a batch for it."""
+    small = work.Row("small", work.Small(), (1,))
+    lap = lane._prepared(lane.Task("serial loop", small, 1, None, 0.0, 1.0), graph=False)
+    return lap, lane._tensors(small.make(0))
 
 
 def test_the_steps_of_a_loop_train_the_model():
-    batches, lap = cnn("serial loop")
-    batch = lane._tensors(batches.make(0))
+    lap, batch = cnn()
     losses = [float(lap.train(*batch)) for _ in range(40)]
     assert losses[-1] < losses[0]
 
 
 def test_the_steps_that_fit_takes_train_the_same_model():
-    batches, lap = cnn("labkit threads in fit")
-    batch = lane._tensors(batches.make(0))
+    lap, batch = cnn()
     before = float(lap.train(*batch))
     data = tf.data.Dataset.from_tensors(tuple(batch)).repeat(40)
     (after,) = lane._in_keras(lap).fit(data, verbose=0).history["loss"]

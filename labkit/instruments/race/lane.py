@@ -174,7 +174,7 @@ def _prepared(task: Task, graph: bool) -> Lap:
         return _with_step(task, batch, task.step)
     from labkit.quiet import tf
 
-    def op(images: Any, *others: Any) -> Any:
+    def model(images: Any, *others: Any) -> Any:
         if not task.row.trains:
             return tf.cast(images[0, 0, 0, 0] + images[-1, -1, -1, -1], tf.float32)
         from labkit.model import model_fn
@@ -186,15 +186,15 @@ def _prepared(task: Task, graph: bool) -> Lap:
             return tf.identity(made["loss"])
 
     if graph:
-        return Lap(task, lambda *parts: None, op)
+        return Lap(task, lambda *parts: None, model)
     specs = [tf.TensorSpec((None, *part.shape[1:]), part.dtype) for part in batch]
-    taken = tf.compat.v1.wrap_function(op, specs)
+    taken = tf.compat.v1.wrap_function(model, specs)
     taken(*_tensors(batch))
 
     def train(images: Any, labels: Any) -> Any:
         return taken(images, labels)
 
-    return Lap(task, train, op)
+    return Lap(task, train, model)
 
 
 def _with_step(task: Task, batch: Any, step: Any) -> Lap:
