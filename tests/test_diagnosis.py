@@ -585,6 +585,25 @@ def test_auto_goes_back_where_more_workers_bring_nothing(capsys):
     assert "no more than" in capsys.readouterr().out
 
 
+def counts_at(rates):
+    """The number of workers after each window of these samples/s, none with a full queue."""
+    scaler, counts = Scaler(32), []
+    for rate in rates:
+        scaler._decide(False, rate, 1.0)
+        counts.append(scaler.count)
+    return counts
+
+
+def test_auto_takes_more_workers_after_all_where_one_was_measured_as_the_queue_filled(capsys):
+    assert counts_at([560, 500, 430, 600, 400, 600, 590]) == [2, 1, 2, 4, 2, 2, 2]
+    assert "1 -> 2 workers: 430 samples/s, less than with 2" in capsys.readouterr().out
+
+
+def test_auto_tries_a_number_that_brought_nothing_once_more_and_no_oftener(capsys):
+    assert counts_at([100, 105, 95, 101, 94, 94, 90, 94]) == [2, 1, 2, 1, 1, 1, 1, 1]
+    assert len(capsys.readouterr().out.splitlines()) == 4
+
+
 def test_auto_runs_and_delivers_every_sample_of_its_shares(capsys):
     def shares(worker, n_workers):
         for number in range(worker, 400, n_workers):

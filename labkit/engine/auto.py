@@ -7,13 +7,15 @@ from labkit.engine.rest import rest
 from labkit.machine import usable_cores as usable_cores
 
 _WINDOW, _PATIENCE = 0.7, 3.0  # seconds
-_SPARE = 1.15
+_SPARE, _HELPS = 1.15, 1.08
 
 
 class Scaler:
     """Finds the number of workers that should be producing, `count`, from what the feeder sees.
 
-    The number doubles as long as the rate grows with it. Once the queue stays full the model is
+    The number doubles as long as the rate grows with it. Where it does not, the number goes back,
+    and is tried once more if it was the faster one after all: what came before it may have been
+    measured while the queue was filling, without the model. Once the queue stays full the model is
     the slower, and Little's law (J. D. C. Little, "A proof for the queuing formula L = λW", 1961)
     says how many workers its rate keeps busy: samples/s times worker seconds per sample. Each
     decision is printed once.
@@ -23,6 +25,7 @@ class Scaler:
         self.limit, self.count = limit, count
         self.before = (0.0, 0)  # rate and count before the last growth
         self.enough_seen = self.plateau = False
+        self.refused: dict[int, float] = {}  # by count: the rate, 0.0 where tried twice
         self.full_windows = 0
         self._wait_for_newest()
 
@@ -67,9 +70,17 @@ class Scaler:
             self.enough_seen, self.plateau, self.before = True, False, (0.0, 0)
             return
         best_rate, best_count = self.before
-        if self.plateau and abs(rate / best_rate - 1) < 0.25:
-            return
-        if self.count > best_count > 0 and rate < 1.08 * best_rate:
+        if self.plateau:
+            more = max(self.refused, key=self.refused.__getitem__, default=0)
+            if more > self.count and self.refused[more] > _HELPS * rate:
+                self.refused[more] = 0.0
+                self.before, self.plateau = (rate, self.count), False
+                self._set(more, f"{rate:.0f} samples/s, less than with {more}")
+                return
+            if abs(rate / best_rate - 1) < 0.25:
+                return
+        if self.count > best_count > 0 and rate < _HELPS * best_rate:
+            self.refused.setdefault(self.count, rate)
             self._set(best_count, f"{rate:.0f} samples/s, no more than with {best_count}")
             self.plateau = True
         elif self.count < self.limit:
