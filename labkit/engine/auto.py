@@ -72,7 +72,7 @@ class Scaler:
         best_rate, best_count = self.before
         if self.plateau:
             more = max(self.refused, key=self.refused.__getitem__, default=0)
-            if more > self.count and self.refused[more] > _HELPS * rate:
+            if more > self.count and self.refused[more] > rate:
                 self.refused[more] = 0.0
                 self.before, self.plateau = (rate, self.count), False
                 self._set(more, f"{rate:.0f} samples/s, less than with {more}")
