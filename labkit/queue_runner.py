@@ -50,7 +50,7 @@ class QueueRunner(Resumable):
         batch_size: samples that the model takes per step; free of the iterator's own chunk size.
         n_workers: how many, or "auto": grows and shrinks, up to `max_workers`, and prints why.
         workers: "thread", for iterators that wait (disk, network); "process", for those that hold
-            Python's lock (GIL); "auto": tries both for a second or two ahead, and prints why; or
+            Python's lock (GIL); "auto": tries both for a few seconds ahead, and prints why; or
             "ray": actors of a Ray cluster, see `labkit.engine.ray.RayPool`.
         capacity: samples the queue can hold. Default: min_after_dequeue + max(1000, 4 batches).
         min_after_dequeue: samples that stay behind for mixing; training starts above it.

@@ -14,8 +14,8 @@ from labkit.sources import as_factory
 SMALL = {"capacity": 16, "min_after_dequeue": 0}
 
 
-def rates(monkeypatch, **known):
-    """Makes the trial find these batches/s; an exception is raised."""
+def rates(monkeypatch, cores=2, **known):
+    """Makes the trial find these batches/s, on so many cores; an exception is raised."""
 
     def rate(iterator, kind, n, copies):
         found = known[f"{kind}{n}"]
@@ -24,6 +24,7 @@ def rates(monkeypatch, **known):
         return found
 
     monkeypatch.setattr(trial, "_rate", rate)
+    monkeypatch.setattr(trial, "usable_cores", lambda: cores)
 
 
 @pytest.mark.parametrize(
@@ -41,6 +42,48 @@ def test_the_kind_that_makes_more_is_taken(monkeypatch, known, kind, why):
     rates(monkeypatch, **known)
     found = chosen_kind(lambda: iter(()))
     assert found.kind == kind and why in found.why
+
+
+@pytest.mark.parametrize(
+    ("cores", "known", "kind", "why"),
+    [
+        (6, {"thread6": 55}, "thread", "6 make 5.5 times the batches of one"),
+        (
+            64,
+            {"thread8": 22, "process8": 70},
+            "process",
+            "8 processes make 70 batches/s, 8 threads",
+        ),
+        (64, {"thread8": 22, "process8": 24}, "thread", "8 processes make 24 batches/s, 8 threads"),
+        (64, {"thread8": 15, "process8": 21}, "thread", "8 threads 15"),  # and two of them 19
+        (64, {"thread8": 0}, "thread", "two make 1.9 times the batches of one"),
+        (1, {}, "thread", "two make 1.9 times the batches of one"),
+    ],
+)
+def test_threads_that_help_as_two_but_not_as_many_as_the_cores_are_compared_with_processes(
+    monkeypatch, cores, known, kind, why
+):
+    rates(monkeypatch, cores, thread1=10, thread2=19, **known)
+    found = chosen_kind(lambda: iter(()))
+    assert found.kind == kind and why in found.why
+
+
+_ONE_AT_A_TIME = threading.Lock()  # of the threads of a process, as Python's is
+
+
+def locked_half_of_the_time():
+    while True:
+        with _ONE_AT_A_TIME:
+            time.sleep(0.02)
+        time.sleep(0.02)
+        yield (np.zeros(1),)
+
+
+def test_threads_that_take_turns_for_a_part_of_their_work_are_found(monkeypatch):
+    monkeypatch.setattr(trial, "usable_cores", lambda: 4)
+    monkeypatch.setattr(trial, "_PATIENCE", 30.0)  # processes start slowly on a busy machine
+    found = chosen_kind(locked_half_of_the_time)
+    assert found.kind == "process" and "4 threads" in found.why
 
 
 def test_what_cannot_be_split_or_stays_is_not_tried():

@@ -8,10 +8,12 @@ from labkit.engine import KINDS, TRIED
 from labkit.engine.messages import WorkerError
 from labkit.engine.pool import Job, delivered
 from labkit.engine.produce import IteratorFactory
+from labkit.machine import usable_cores
 
 _SECONDS, _PATIENCE = 0.5, 3.0  # counted; to wait until all deliver
 _LEAST = 4  # batches, of all workers together
-_HELPS, _BETTER = 1.5, 1.15
+_MOST = 8  # workers: each process takes memory, and a second to start
+_HELPS, _BETTER = 0.75, 1.15
 
 
 class Choice(NamedTuple):
@@ -22,9 +24,11 @@ class Choice(NamedTuple):
 
 
 def chosen_kind(iterator: Callable[..., Any], copies: bool = True) -> Choice:
-    """Runs one and two workers of the cheapest kind, threads, for half a second each and, if the
-    second one does not help, two of each kind that does not share Python's lock. Their batches are
-    thrown away; the run that follows calls the factory anew.
+    """Runs one and two workers of the cheapest kind, threads, for half a second each, and as many
+    as there are cores, 8 at most. Where the more bring less than three quarters of their number,
+    as many of each kind that does not share Python's lock are run, too: two threads can still help
+    each other where eight wait for the lock. Their batches are thrown away; the run that follows
+    calls the factory anew.
 
     The cheapest kind it is where no other can be had, or nothing comes in time.
     """
@@ -33,22 +37,27 @@ def chosen_kind(iterator: Callable[..., Any], copies: bool = True) -> Choice:
     stays = next(filter(None, told), "")
     if stays:
         return Choice(cheapest, stays.split(". ")[0].rstrip("."))
-    one = _rate(iterator, cheapest, 1, copies)
-    two = _rate(iterator, cheapest, 2, copies) if one else 0.0
-    if not two:
-        return Choice(cheapest, f"no {_LEAST} batches came within {_PATIENCE:g} s to tell by")
-    if two >= _HELPS * one:
-        return Choice(cheapest, f"two make {two / one:.1f} times the batches of one")
-    rates, why = {cheapest: _BETTER * two}, []
+    one = best = _rate(iterator, cheapest, 1, copies)
+    why = f"no {_LEAST} batches came within {_PATIENCE:g} s to tell by"
+    for n in sorted({2, max(2, min(usable_cores(), _MOST))}):
+        rate, several = _rate(iterator, cheapest, n, copies) if one else 0.0, {2: "two"}.get(n, n)
+        if not rate:
+            return Choice(cheapest, why)
+        best, why = max(best, rate), f"{several} make {rate / one:.1f} times the batches of one"
+        if rate < _HELPS * n * one:
+            break
+    else:
+        return Choice(cheapest, why)
+    rates, reasons = {cheapest: _BETTER * best}, []
     for name in (name for name in TRIED if not KINDS[name].shares_lock):
         plural = KINDS[name].plural
         try:
-            rates[name] = _rate(iterator, name, 2, copies)
-            why.append(f"two {plural} make {rates[name]:.4g} batches/s")
+            rates[name] = _rate(iterator, name, n, copies)
+            reasons.append(f"{several} {plural} make {rates[name]:.4g} batches/s")
         except (TypeError, OSError, MemoryError) as error:
-            why.append(f"{plural} cannot be had: {error}")
-    why.append(f"two {KINDS[cheapest].plural} {two:.4g}")
-    return Choice(max(rates, key=rates.__getitem__), ", ".join(why))
+            reasons.append(f"{plural} cannot be had: {error}")
+    reasons.append(f"{several} {KINDS[cheapest].plural} {rate:.4g}")
+    return Choice(max(rates, key=rates.__getitem__), ", ".join(reasons))
 
 
 def _rate(iterator: Callable[..., Any], kind: str, n: int, copies: bool) -> float:
@@ -56,7 +65,7 @@ def _rate(iterator: Callable[..., Any], kind: str, n: int, copies: bool) -> floa
     pool = KINDS[kind].pool(Job(IteratorFactory(iterator, n), copies=copies))
     heard: set[int] = set()
     began = now = time.monotonic()
-    first, chunks = 0.0, 0
+    first, chunks, least = 0.0, 0, max(_LEAST, n)
     try:
         for chunk in delivered(pool, 0.1):
             now = time.monotonic()
@@ -65,7 +74,7 @@ def _rate(iterator: Callable[..., Any], kind: str, n: int, copies: bool) -> floa
                 heard.add(chunk.worker)
                 if not first and len(heard) == n:
                     first = now
-            if first and now - first >= _SECONDS and chunks >= _LEAST:
+            if first and now - first >= _SECONDS and chunks >= least:
                 break
             if now - (first or began) > _PATIENCE:
                 return 0.0
@@ -73,4 +82,4 @@ def _rate(iterator: Callable[..., Any], kind: str, n: int, copies: bool) -> floa
         return 0.0  # the run will meet it, too, and tell
     finally:
         pool.stop()
-    return chunks / (now - first) if chunks >= _LEAST else 0.0
+    return chunks / (now - first) if chunks >= least else 0.0
