@@ -27,9 +27,9 @@ EXCEPTIONS: dict[str, set[str]] = {
     "lines of a function": set(),
     "attributes of a class": set(),
 }
-# Of which the race has 1,500: a contestant is what a user of that library would write, so it cannot
+# Of which the race has 1,600: a contestant is what a user of that library would write, so it cannot
 # be shared; the law of files and functions holds for it as for all.
-TOO_MUCH_IN_ALL, TOO_MUCH_IN_THE_LESSON = 11_713, 105
+TOO_MUCH_IN_ALL, TOO_MUCH_IN_THE_LESSON = 11_768, 105
 
 READ_FIRST = ("data", "workloads", "queue_runner", "model", "train")
 LESSON = {*READ_FIRST, "cli"}

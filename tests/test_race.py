@@ -80,6 +80,16 @@ def test_each_contestant_delivers_whole_batches_and_no_sample_twice(entry, monke
     assert len({float(n) for _, numbers in seen for n in numbers}) == STEPS * SIZE
 
 
+def test_a_contestant_may_read_absls_flags_as_grain_does_where_jax_is_installed(tmp_path):
+    def step(images, numbers):
+        from absl import flags
+
+        assert flags.FLAGS.is_parsed()
+
+    found = track.run(track.Heat(row(), 2, "serial loop"), step, 1.0, tmp_path, steps=STEPS)
+    assert found["samples"] == STEPS * SIZE
+
+
 def cnn():
     """A lap whose step trains the CNN, and a batch for it."""
     small = work.Row("small", work.Small(), (1,))

@@ -345,30 +345,6 @@ def diagnosis(report: Any, machine: Mapping[str, Any] | None = None) -> Figure:
     return _with_texts(figure, title, machine)
 
 
-def race(
-    shares: Mapping[str, Mapping[str, tuple[float, float, float]]], machine: Mapping[str, Any]
-) -> Figure:
-    """Each contestant's steps/s over those of the first, row by row; labkit's in colour.
-
-    Args:
-        shares: of each row, each contestant's median ratio to the first, the least and the most.
-    """
-    figure, axes = _figure(9, 0.9 + 0.24 * sum(len(row) + 2 for row in shares.values()),
-                           nrows=len(shares), squeeze=False, sharex=True,
-                           height_ratios=[len(row) + 1 for row in shares.values()])  # fmt: skip
-    for ax, (place, row) in zip(axes.ravel(), shares.items(), strict=True):
-        middles, lows, highs = (np.array(values) for values in zip(*row.values(), strict=True))
-        colours = [COMPUTE if name.startswith("labkit") else "0.75" for name in row]
-        spread = [np.maximum(middles - lows, 0), np.maximum(highs - middles, 0)]
-        ax.barh(range(len(row)), middles, color=colours, xerr=spread, ecolor="0.3", capsize=2)
-        ax.set_yticks(range(len(row)), list(row), fontsize=8)
-        ax.invert_yaxis()
-        ax.axvline(1, color=BOUND, linewidth=0.8)
-        ax.set_title(place, loc="left", fontsize=9)
-    np.ravel(axes)[-1].set_xlabel("steps per second, over the first's; median and spread of rounds")
-    return _with_texts(figure, "The race: labkit (blue) beside the others", machine)
-
-
 def _per_second(rate: float) -> str:
     return f"{rate:,.0f} steps/s" if rate >= 100 else f"{rate:.3g} steps/s"
 

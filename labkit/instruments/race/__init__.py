@@ -3,5 +3,5 @@
 track.race ── starts anew, one at a time ──► lane.py, a process of its own:
     │                                          a Contestant's loop over a Row's batches, timed
     ▼                                          by a Lap
-table.Results ──► text, JSON, instruments/plots.race
+table.Results ──► text, JSON, picture.py
 """

@@ -230,6 +230,9 @@ def _in_keras(lap: Lap) -> Any:
 
 
 def main(task_file: str, result_file: str) -> None:
+    from absl import flags
+
+    flags.FLAGS.mark_as_parsed()  # as by absl's own start: Grain reads one where JAX is installed
     task: Task = pickle.loads(Path(task_file).read_bytes())
     np.random.seed(0)
     fast_cpu()  # for all alike

@@ -244,7 +244,7 @@ class Results:
 
     def plot(self) -> Any:
         """A matplotlib figure: each contestant's steps/s as a share of the best, row by row."""
-        from labkit.instruments import plots
+        from labkit.instruments.race.picture import picture
 
         shares = {}
         for place in self.data["rows"]:
@@ -254,4 +254,4 @@ class Results:
                 # By what is drawn; NaN, of no round that both have run, at the end.
                 order = sorted(ratios, key=lambda n: (math.isnan(ratios[n][0]), -ratios[n][0]))
                 shares[place] = {n: ratios[n] for n in order}
-        return plots.race(shares, self.data["machine"])
+        return picture(shares, self.data["machine"], TIE)
