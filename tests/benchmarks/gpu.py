@@ -4,7 +4,8 @@ Batches of JPEG files, decoded by Pillow, go into a CNN: by Keras from a plain g
 through labkit's threads and processes, half as many again as the step needs. Beside each fit what
 NVML saw, what `labkit.watch` said, and the truth: 1 - seconds with a cached batch / seconds. The
 fits take turns. Writes figures/gpu_use.json and, of the last round, gpu_use.png. 3 minutes;
-with `--draw` only the picture, from the file.
+with `--draw` only the picture, from the file. With `--race` the same files and model in a race of
+labkit and what else is installed, into figures/gpu_race.json: 6 minutes.
 """
 
 import argparse
@@ -29,6 +30,8 @@ from labkit.quiet import tf
 from tests.benchmarks.common import FIGURES, median, spread, write
 
 _CLASSES = 10
+_RACED = ("labkit auto", "labkit processes", "Grain threads", "Grain processes", "DataLoader",
+          "SPDL subprocesses", "own pool")  # fmt: skip
 
 
 def decoded(paths: list[Path], batch_size: int, size: int) -> Callable[..., Iterator[Any]]:
@@ -103,12 +106,18 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=256)
     parser.add_argument("--depth", type=int, default=5)
     parser.add_argument("--draw", action="store_true", help="only draw what was measured")
+    parser.add_argument("--race", action="store_true", help="race over the same files and model")
     asked = parser.parse_args()
     if asked.draw:
         return draw()
     with tempfile.TemporaryDirectory() as folder:
         factory = decoded(photographs(Path(folder), 256), asked.batch_size, asked.size)
-        measure(asked, factory)
+        if asked.race:
+            model = build(asked.size, asked.width, asked.depth)
+            print(labkit.race(factory, model, contestants=_RACED, rounds=asked.rounds, seconds=4,
+                              json=FIGURES / "gpu_race.json"))  # fmt: skip
+        else:
+            measure(asked, factory)
 
 
 def measure(asked: Any, factory: Callable[..., Iterator[Any]]) -> None:
