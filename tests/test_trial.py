@@ -68,6 +68,19 @@ def test_threads_that_help_as_two_but_not_as_many_as_the_cores_are_compared_with
     assert found.kind == kind and why in found.why
 
 
+@pytest.mark.parametrize(("n_workers", "most"), [(3, None), ("auto", 3)])
+def test_no_more_are_tried_than_may_run(monkeypatch, capsys, n_workers, most):
+    rates(monkeypatch, 64, thread1=10, thread2=19, thread3=28)
+
+    def factory(worker, n_workers):
+        for i in range(worker, 12, n_workers):
+            yield (np.full(4, i),)
+
+    with QueueRunner(factory, 4, n_workers, "auto", max_workers=most, **SMALL) as runner:
+        assert sum(1 for _ in runner.dataset()) == 12
+    assert "threads: 3 make 2.8 times" in capsys.readouterr().out
+
+
 _ONE_AT_A_TIME = threading.Lock()  # of the threads of a process, as Python's is
 
 

@@ -171,7 +171,8 @@ class Options:
     def choose_kind(self) -> None:
         """Makes workers="auto" the kind that a trial finds, and prints why; once."""
         if self.workers == "auto":
-            kind, why = chosen_kind(self.iterator, self.reuses_buffers)
+            most = self.max_workers if self.n_workers == "auto" else self.n_workers
+            kind, why = chosen_kind(self.iterator, self.reuses_buffers, most)
             print(f"QueueRunner: workers='auto': {KINDS[kind].plural}: {why}", flush=True)
             object.__setattr__(self, "workers", kind)
 

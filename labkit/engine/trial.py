@@ -23,12 +23,13 @@ class Choice(NamedTuple):
     why: str
 
 
-def chosen_kind(iterator: Callable[..., Any], copies: bool = True) -> Choice:
+def chosen_kind(
+    iterator: Callable[..., Any], copies: bool = True, most: int | None = None
+) -> Choice:
     """Runs one and two workers of the cheapest kind, threads, for half a second each, and as many
-    as there are cores, 8 at most. Where the more bring less than three quarters of their number,
-    as many of each kind that does not share Python's lock are run, too: two threads can still help
-    each other where eight wait for the lock. Their batches are thrown away; the run that follows
-    calls the factory anew.
+    as there are cores, 8 or `most` at most. Where these bring less than three quarters of their
+    number, as many of each kind with a lock of its own are run, too: two threads can help each
+    other where eight wait for Python's. The run that follows calls the factory anew.
 
     The cheapest kind it is where no other can be had, or nothing comes in time.
     """
@@ -39,7 +40,7 @@ def chosen_kind(iterator: Callable[..., Any], copies: bool = True) -> Choice:
         return Choice(cheapest, stays.split(". ")[0].rstrip("."))
     one = best = _rate(iterator, cheapest, 1, copies)
     why = f"no {_LEAST} batches came within {_PATIENCE:g} s to tell by"
-    for n in sorted({2, max(2, min(usable_cores(), _MOST))}):
+    for n in sorted({2, max(2, min(usable_cores(), _MOST, most or _MOST))}):
         rate, several = _rate(iterator, cheapest, n, copies) if one else 0.0, {2: "two"}.get(n, n)
         if not rate:
             return Choice(cheapest, why)

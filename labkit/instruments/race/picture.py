@@ -46,8 +46,8 @@ def _board(shares: Shares, tie: float) -> Figure:
     for name, its in ratios.items():
         its += [row[name][0] if name in row else np.nan for row in shares.values()]
     names = sorted(ratios, key=lambda n: (not n.startswith("labkit"), -np.nansum(ratios[n])))
-    heads = 0.08 * max(map(len, shares))  # inches
-    figure, ax = _figure(3.2 + 0.5 * len(shares), 1.4 + heads + 0.27 * len(names))
+    height = 1.4 + 0.08 * max(map(len, shares)) + 0.27 * len(names)
+    figure, ax = _figure(3.2 + 0.5 * len(shares), height)
     values = np.array([ratios[name] for name in names])
     ax.imshow(values, cmap="Blues", vmin=0, vmax=1, aspect="auto")
     for (y, x), value in np.ndenumerate(values):
