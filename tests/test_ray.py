@@ -159,6 +159,18 @@ def test_a_killed_actor_is_told_with_its_node_and_restarted(own, tmp_path, monke
     assert lives == [0, 0, 1, 1]  # the one that never had a place counts for nothing
 
 
+def test_an_actor_that_died_before_it_could_tell_where_it_was_is_told_with_its_node(
+    own, monkeypatch
+):
+    def factory():
+        os.kill(os.getpid(), 9)
+        yield (np.zeros(8),)
+
+    monkeypatch.setattr(RayPool, "_peek", lambda self, ref: "")
+    with pytest.raises(WorkerError, match=r"worker 0 died on [0-9.]+ \(node [0-9a-f]+\)"):
+        in_dataset(QueueRunner(factory, 8, 1, "ray", **SMALL))
+
+
 def test_a_stall_is_shown_with_its_line_and_large_batches_come_whole(own):
     data = np.arange(3_000_000).reshape(3, -1)
 

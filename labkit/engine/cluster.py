@@ -323,6 +323,16 @@ def waits(actor: Any, options: dict[str, Any]) -> bool:
     return any(abs(cpus - its) < 1e-3 for its in wanted)
 
 
+def place(actor: Any) -> str:
+    """Where it was when it was lost, though it had not come to tell that itself; "" if nowhere."""
+    from ray._private import state
+
+    with contextlib.suppress(Exception):
+        its = state.actors(actor._actor_id.hex())["Address"]
+        return f"{its['IPAddress']} (node {its['NodeID'][:8]})" if its["Port"] else ""
+    return ""
+
+
 def store(ray: Any, node: str) -> float:
     """Bytes of the object store of a node, by its id or a text with the beginning of that."""
     sizes = (n["Resources"] for n in ray.nodes() if n["NodeID"][:8] in node)

@@ -205,14 +205,15 @@ class RayPool(Pool):
 
     def _lost(self, worker: int, error: BaseException) -> Lost:
         actor, full = self._actors[worker], self._ray.exceptions
-        where = f" on {actor.node}" if actor.node else ""
+        node = actor.node or ("" if self._head.gone else cluster.place(actor.handle))
+        where = f" on {node}" if node else ""
         why = (
             f"died{where}: its actor is gone, or what it made ({type(error).__name__}). Look for a "
             "crash in native code, for a killer of processes that use too much memory, or for a "
             "machine that left the cluster."
         )
         if isinstance(error, (full.OutOfDiskError, full.ObjectStoreFullError)):
-            size, has = self._asked(actor, "nbytes") or 0, cluster.store(self._ray, actor.node)
+            size, has = self._asked(actor, "nbytes") or 0, cluster.store(self._ray, node)
             why = (
                 f"made what the object store{where} has no room for: {size / 1e6:.1f} MB in one "
                 f"call, and all of the store is {has / 1e6:.1f} MB, with no disk left beside it. "
