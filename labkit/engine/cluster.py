@@ -311,10 +311,10 @@ def _needs(options: dict[str, Any]) -> dict[str, float]:
 def waits(actor: Any, options: dict[str, Any]) -> bool:
     """Whether Ray still looks for a place for it. If it does not, the actor holds its CPUs and is
     starting: a process was lent to it, or its runtime_env is being made."""
-    from ray._private import state, worker
+    from ray._private import worker
     from ray.autoscaler.v2.sdk import get_cluster_resource_state
 
-    if state.actors(actor._actor_id.hex()).get("Address", {}).get("Port"):
+    if place(actor):
         return False
     asked: Any = worker.global_worker
     pending = get_cluster_resource_state(asked.gcs_client).pending_resource_requests
@@ -324,7 +324,7 @@ def waits(actor: Any, options: dict[str, Any]) -> bool:
 
 
 def place(actor: Any) -> str:
-    """Where it was when it was lost, though it had not come to tell that itself; "" if nowhere."""
+    """Where Ray has it, or had it when it was lost; "" as long as it has no place."""
     from ray._private import state
 
     with contextlib.suppress(Exception):
