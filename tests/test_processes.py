@@ -200,6 +200,64 @@ def test_workers_import_no_tensorflow_and_one_thread_of_blas(small_mnist):
     assert not [name for name in loaded if name in heavy or name.split(".")[0] in heavy]
 
 
+def test_workers_share_the_cores_with_the_step_and_leave_ctrl_c_to_it():
+    """Where Linux shares its cores out by session, one of its own would weigh as much as all of the
+    step's threads; in its group the terminal's Ctrl-C would reach it."""
+
+    def place(worker, n_workers):
+        yield (np.array([[os.getsid(0), os.getpgid(0), os.getpid()]]),)
+
+    for (rows,) in in_dataset(QueueRunner(place, 1, 2, "process", **SMALL)):
+        session, group, worker = rows[0].tolist()
+        assert session == os.getsid(0) and group == worker != os.getpgid(0)
+
+
+def test_a_worker_that_asks_the_terminal_is_told_of_and_one_that_writes_to_it_goes_on(tmp_path):
+    """It is in the background, where a terminal stops whoever reads, or writes under `tostop`."""
+    program = """
+import os, pty, subprocess, sys
+from termios import TCSANOW, TOSTOP, tcgetattr, tcsetattr
+
+ours, theirs = pty.openpty()
+mode = tcgetattr(theirs)
+mode[3] |= TOSTOP
+tcsetattr(theirs, TCSANOW, mode)
+if os.fork():
+    os.close(theirs)
+    said = b""
+    try:
+        while more := os.read(ours, 1000):
+            said += more
+    except OSError:  # its end
+        pass
+    sys.stdout.write(said.decode())
+    sys.exit(os.waitstatus_to_exitcode(os.wait()[1]))
+os.setsid()
+for descriptor in (1, 2):
+    os.dup2(theirs, descriptor)
+os.close(os.open(os.ttyname(theirs), os.O_RDWR))  # its terminal from now on
+
+import numpy as np
+from labkit import QueueRunner, WorkerError
+
+def batches():
+    print("it writes", flush=True)
+    yield (np.zeros(4),)
+    with open("/dev/tty", "rb", 0) as terminal:
+        terminal.read(1)
+
+try:
+    with QueueRunner(batches, 4, 1, "process", capacity=4, min_after_dequeue=0) as runner:
+        print("got", sum(1 for _ in runner.dataset()))
+except WorkerError as error:
+    print("told:", str(error).splitlines()[0], flush=True)
+    raise SystemExit(3)
+"""
+    ended = run_program(program, tmp_path)
+    assert ended.returncode == 3, ended.stdout + ended.stderr
+    assert "it writes" in ended.stdout and "OSError" in ended.stdout.partition("told:")[2]
+
+
 def test_workers_share_the_data_sets_memory():
     """Each of the workers reads all of 200 MB; their own (private) memory hardly grows."""
     data = np.ones(200 << 20, np.uint8)

@@ -26,6 +26,8 @@ class _ParentGone(BaseException):
 
 def main(connection: int, ring: int, trace: int, buffers: int, stderr: int) -> None:
     """Runs one worker until the parent hangs up; the arguments are file descriptors."""
+    for terminal in (signal.SIGTTIN, signal.SIGTTOU):  # would stop it for ever, without a word
+        signal.signal(terminal, signal.SIG_IGN)
     _set_stderr(stderr, trace)
     faulthandler.register(signal.SIGUSR1, trace, all_threads=False)
     threading.Thread(target=_leave_with_parent, args=(connection,), daemon=True).start()
