@@ -14,6 +14,7 @@ from labkit.engine.stage import listen
 from labkit.engine.tracebacks import describe, own_frames_left_out, readable
 
 _SLOTS = 2
+_HEAVY = 0.001  # seconds that a batch took, beside which a turn of the lock is nothing
 
 
 class _Seat:
@@ -83,7 +84,10 @@ class ThreadPool(Pool):
                     if not seat.take_slot(epoch):
                         break
                     self._messages.put(_message(worker, epoch, made, life))
+                    heavy = isinstance(made, Made) and made.seconds > _HEAVY
                     del made
+                    if heavy:  # or the feeder waits for Python's lock until 5 ms are over
+                        time.sleep(0)
                     rest.wait()
                 else:
                     self._messages.put(Ended(worker, epoch, life))
