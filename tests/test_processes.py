@@ -215,7 +215,7 @@ def test_workers_share_the_cores_with_the_step_and_leave_ctrl_c_to_it():
 def test_a_worker_that_asks_the_terminal_is_told_of_and_one_that_writes_to_it_goes_on(tmp_path):
     """It is in the background, where a terminal stops whoever reads, or writes under `tostop`."""
     program = """
-import os, pty, subprocess, sys
+import os, pty, sys
 from termios import TCSANOW, TOSTOP, tcgetattr, tcsetattr
 
 ours, theirs = pty.openpty()

@@ -14,7 +14,7 @@ from labkit.engine.stage import listen
 from labkit.engine.tracebacks import describe, own_frames_left_out, readable
 
 _SLOTS = 2
-_HEAVY = 0.001  # seconds that a batch took, beside which a turn of the lock is nothing
+_HEAVY = 0.001  # seconds of a batch; beside more, a turn of Python's lock costs nothing
 
 
 class _Seat:
