@@ -49,7 +49,7 @@ def build_model(images: Any, is_train: bool) -> Any:
 
 def _conv_norm_relu(x: Any, filters: int, is_train: bool, name: str) -> Any:
     with v1.variable_scope(name):
-        kernel = _variable("kernel", [3, 3, int(x.shape[-1]), filters], "glorot")
+        kernel = _variable("kernel", [3, 3, int(x.shape[-1]), filters], "glorot_uniform")
         x = tf.nn.conv2d(x, kernel, strides=1, padding="SAME")
         gamma, beta = _variable("gamma", [filters], "ones"), _variable("beta", [filters], "zeros")
         mean = _variable("moving_mean", [filters], "zeros", trainable=False)
@@ -70,16 +70,12 @@ def _conv_norm_relu(x: Any, filters: int, is_train: bool, name: str) -> Any:
 
 def _dense(x: Any, units: int, name: str) -> Any:
     with v1.variable_scope(name):
-        kernel = _variable("kernel", [int(x.shape[-1]), units], "glorot")
+        kernel = _variable("kernel", [int(x.shape[-1]), units], "glorot_uniform")
         return tf.matmul(x, kernel) + _variable("bias", [units], "zeros")
 
 
 def _variable(name: str, shape: list[int], start: str, trainable: bool = True) -> Any:
-    make = {
-        "glorot": v1.glorot_uniform_initializer,
-        "ones": v1.ones_initializer,
-        "zeros": v1.zeros_initializer,
-    }[start]
+    make = getattr(v1, f"{start}_initializer")
     return v1.get_variable(name, shape, tf.float32, make(), trainable=trainable)
 
 
@@ -122,12 +118,8 @@ def model_fn(
         loss = tf.reduce_mean(losses)
         right = tf.equal(tf.argmax(logits, 1), tf.argmax(labels, 1))
         accuracy = tf.reduce_mean(tf.cast(right, tf.float32))
-        spec = {
-            "logits": logits,
-            "softmax": tf.nn.softmax(logits),
-            "loss": loss,
-            "accuracy": accuracy,
-        }
+        spec = {"logits": logits, "softmax": tf.nn.softmax(logits)}
+        spec |= {"loss": loss, "accuracy": accuracy}
         # Merged by name: merge_all would bring in the other graph's summaries, and running those
         # in validation would take a batch off the training queue.
         spec["summary_op"] = v1.summary.merge(

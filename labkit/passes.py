@@ -1,5 +1,9 @@
-"""A runner's passes as a tf.data.Dataset, for `fit` and for loops in Python."""
+"""A runner's passes as a tf.data.Dataset, for `fit` and for loops in Python.
 
+QueueRunner.dataset() ──► a data set ──iter()──► a pass, with a queue of its own ──► batches
+"""
+
+import collections
 import contextlib
 import functools
 import threading
@@ -10,11 +14,114 @@ from typing import Any
 import numpy as np
 
 from labkit.engine import interrupts
+from labkit.engine.batches import Spec
+from labkit.engine.feeder import Feeder
+from labkit.engine.heard import steps_asked_for, warned_of_too_few
 from labkit.engine.messages import WorkerError
+from labkit.engine.options import Options
+from labkit.engine.state import Place
 from labkit.engine.tf_queue import EagerQueue, Shape, counted, dequeue, shaped
 from labkit.quiet import tf
 
 from tensorflow.python.data.ops.iterator_ops import OwnedIterator  # isort: skip
+
+
+class EagerPasses:
+    """What a `QueueRunner` does without a graph."""
+
+    raise_if_failed: Callable[[], None]
+    _exited: bool
+    _feeder: Feeder | None
+    _graph: Any
+    _listen: Callable[[], None]
+    _lock: Any
+    _options: Options
+    _place: Place
+    _shape: Callable[[], Shape]
+    _with_workers: Callable[[Spec | None], Feeder]
+
+    def __init__(self) -> None:
+        # An iterator that is still at one of these is told so, not that its queue is missing.
+        self._passed: collections.deque[EagerQueue] = collections.deque(maxlen=8)
+        self._asked: tuple[int, int] | None = None  # by fit: steps in an epoch, and epochs
+        self._told = False
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.dataset())
+
+    def dataset(self) -> tf.data.Dataset:
+        """A `tf.data.Dataset` of batches for `model.fit`, `evaluate` and `for` loops.
+
+        Workers start here and stay. Each iteration is a fresh pass, as over any dataset: they call
+        the iterator factory again, with `epoch` one higher. Over a finite iterator that is every
+        sample once, then the end: where its length is not known (`samples=` tells it), Keras warns
+        at the first end that it "ran out of data", and trains on. Over an endless one give
+        `steps_per_epoch` to `fit`. One iterator that is kept goes on where it is. There is one
+        iteration at a time: when a second one begins, the first ends with an error.
+
+        A worker's error is raised as `tf.errors.OpError` with the WorkerError's text, and as the
+        WorkerError itself on leaving `with runner:`.
+        """
+        if self._graph is not None:
+            raise RuntimeError("QueueRunner.dataset: it serves a graph already. Make another one.")
+        self._exited = False
+        shape = self._shape()
+        self._listen()
+        # TensorFlow keeps the functions of a dataset for ever, so they know of the runner weakly;
+        # the dataset, and with it whatever is derived from it, keeps the runner.
+        asked = weakref.WeakMethod(self._note_asked)
+        begin, end = weakref.WeakMethod(self._open_pass), weakref.WeakMethod(self._end_pass)
+        dataset = dataset_of_passes(
+            shape,
+            lambda: _still(asked)(),
+            lambda: _still(begin)(shape),
+            lambda number: _still(end)(number),
+            self._batches(),
+        )
+        dataset._labkit_runner = self
+        return dataset
+
+    def _note_asked(self) -> bool:
+        self._asked = steps_asked_for()
+        return self._place.goes_on
+
+    def _open_pass(self, shape: Shape) -> tuple[EagerQueue, int]:
+        since = interrupts.ear.now()  # from here on the consumer waits
+        with self._lock:
+            # A pipeline that reads ahead, of fit or of repeat(), outlives the `with` block.
+            if self._exited:
+                raise WorkerError(
+                    "QueueRunner: its `with` block has ended. Enter it again, or call dataset()."
+                )
+            feeder = self._with_workers(shape.spec)
+            queue = EagerQueue(shape)
+            self._place.begin(queue)
+            self._passed.append(queue)
+            feeder.feed(queue, self._place.newest, since)
+            return queue, self._place.newest
+
+    def _end_pass(self, number: int) -> None:
+        if number != self._place.newest:
+            raise WorkerError(
+                "QueueRunner: another iteration over this runner's dataset() has begun, which "
+                "ended this one; expected one at a time. Make a QueueRunner for each."
+            )
+        self.raise_if_failed()
+        self._place.end()
+        if self._feeder and self._asked and not self._told and self._batches() is None:
+            batches = -(-self._feeder.samples // self._options.batch_size)
+            self._told = warned_of_too_few(batches, *self._asked)
+
+    def _batches(self) -> int | None:
+        rows = 0 if self._feeder is None else self._feeder.heard.rows
+        return None if self._place.goes_on else self._options.batches(rows)
+
+
+def _still(method: weakref.WeakMethod) -> Callable[..., Any]:
+    found = method()
+    if found is None:
+        raise WorkerError("QueueRunner: the runner of this dataset is gone, and its workers.")
+    return found
 
 
 def dataset_of_passes(

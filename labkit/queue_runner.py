@@ -1,29 +1,28 @@
 """QueueRunner: your iterator, run by workers in the background, behind a TensorFlow queue.
 
 workers ──chunks──► feeder thread ──enqueue_many──► RandomShuffleQueue ──► training
+
+The article's, in a graph; what it does without one is in passes.py.
 """
 
-import collections
 import threading
 import weakref
-from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
 from labkit.checks import expect, is_integer
 from labkit.engine import interrupts
 from labkit.engine.batches import Spec
 from labkit.engine.feeder import Feeder
-from labkit.engine.heard import steps_asked_for, warn_of_left, warned_of_too_few
-from labkit.engine.messages import WorkerError
+from labkit.engine.heard import warn_of_left
 from labkit.engine.options import Options
 from labkit.engine.state import Place, Resumable
-from labkit.engine.tf_queue import EagerQueue, GraphQueue, Shape
-from labkit.passes import dataset_of_passes
+from labkit.engine.tf_queue import GraphQueue, Shape
+from labkit.passes import EagerPasses
 from labkit.quiet import tf
 from labkit.sources import taken_in
 
 
-class QueueRunner(Resumable):
+class QueueRunner(EagerPasses, Resumable):
     """Feeds a `RandomShuffleQueue` from `n_workers` copies of an iterator.
 
     In a graph (TensorFlow 1 style):
@@ -124,6 +123,7 @@ class QueueRunner(Resumable):
         worker_options: dict[str, Any] | None = None,
     ) -> None:
         given = {name: value for name, value in locals().items() if name != "self"}
+        EagerPasses.__init__(self)
         self._made = lambda **new: Options(**taken_in({**given, **new}))
         self._options = self._made()
         self.iterator, self.n_workers = iterator, self._options.n_workers
@@ -133,14 +133,8 @@ class QueueRunner(Resumable):
         self._ear_closes: weakref.finalize | None = None
         self._graph: GraphQueue | None = None
         self._place = Place()
-        # An iterator that is still at one of these is told so, not that its queue is missing.
-        self._passed: collections.deque[EagerQueue] = collections.deque(maxlen=8)
-        self._asked: tuple[int, int] | None = None  # by fit: steps in an epoch, and epochs
-        self._exited = self._told = False
+        self._exited = False
         self._lock = threading.RLock()
-
-    def __iter__(self) -> Iterator[Any]:
-        return iter(self.dataset())
 
     def __repr__(self) -> str:
         name = getattr(self.iterator, "__qualname__", type(self.iterator).__name__)
@@ -218,75 +212,7 @@ class QueueRunner(Resumable):
             raise
         return self
 
-    # ------------------------------------------------------------------ eager mode
-
-    def dataset(self) -> tf.data.Dataset:
-        """A `tf.data.Dataset` of batches for `model.fit`, `evaluate` and `for` loops.
-
-        Workers start here and stay. Each iteration is a fresh pass, as over any dataset: they call
-        the iterator factory again, with `epoch` one higher. Over a finite iterator that is every
-        sample once, then the end: where its length is not known (`samples=` tells it), Keras warns
-        at the first end that it "ran out of data", and trains on. Over an endless one give
-        `steps_per_epoch` to `fit`. One iterator that is kept goes on where it is. There is one
-        iteration at a time: when a second one begins, the first ends with an error.
-
-        A worker's error is raised as `tf.errors.OpError` with the WorkerError's text, and as the
-        WorkerError itself on leaving `with runner:`.
-        """
-        if self._graph is not None:
-            raise RuntimeError("QueueRunner.dataset: it serves a graph already. Make another one.")
-        self._exited = False
-        shape = self._shape()
-        self._listen()
-        # TensorFlow keeps the functions of a dataset for ever, so they know of the runner weakly;
-        # the dataset, and with it whatever is derived from it, keeps the runner.
-        asked = weakref.WeakMethod(self._note_asked)
-        begin, end = weakref.WeakMethod(self._open_pass), weakref.WeakMethod(self._end_pass)
-        dataset = dataset_of_passes(
-            shape,
-            lambda: _still(asked)(),
-            lambda: _still(begin)(shape),
-            lambda number: _still(end)(number),
-            self._batches(),
-        )
-        dataset._labkit_runner = self
-        return dataset
-
-    def _note_asked(self) -> bool:
-        self._asked = steps_asked_for()
-        return self._place.goes_on
-
-    def _open_pass(self, shape: Shape) -> tuple[EagerQueue, int]:
-        since = interrupts.ear.now()  # from here on the consumer waits
-        with self._lock:
-            # A pipeline that reads ahead, of fit or of repeat(), outlives the `with` block.
-            if self._exited:
-                raise WorkerError(
-                    "QueueRunner: its `with` block has ended. Enter it again, or call dataset()."
-                )
-            feeder = self._with_workers(shape.spec)
-            queue = EagerQueue(shape)
-            self._place.begin(queue)
-            self._passed.append(queue)
-            feeder.feed(queue, self._place.newest, since)
-            return queue, self._place.newest
-
-    def _end_pass(self, number: int) -> None:
-        if number != self._place.newest:
-            raise WorkerError(
-                "QueueRunner: another iteration over this runner's dataset() has begun, which "
-                "ended this one; expected one at a time. Make a QueueRunner for each."
-            )
-        self.raise_if_failed()
-        self._place.end()
-        if self._asked and not self._told and self._batches() is None:
-            self._told = warned_of_too_few(-(-self.samples // self.batch_size), *self._asked)
-
-    def _batches(self) -> int | None:
-        rows = 0 if self._feeder is None else self._feeder.heard.rows
-        return None if self._place.goes_on else self._options.batches(rows)
-
-    # ------------------------------------------------------------------ both
+    # ------------------------------------------------------------------ with or without a graph
 
     @property
     def error(self) -> BaseException | None:
@@ -390,10 +316,3 @@ class QueueRunner(Resumable):
         if self._ear_closes is None:
             interrupts.ear.open()
             self._ear_closes = weakref.finalize(self, interrupts.ear.close)
-
-
-def _still(method: weakref.WeakMethod) -> Callable[..., Any]:
-    found = method()
-    if found is None:
-        raise WorkerError("QueueRunner: the runner of this dataset is gone, and its workers.")
-    return found

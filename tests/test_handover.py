@@ -8,7 +8,7 @@ import time
 import numpy as np
 import pytest
 
-from labkit import Component, QueueRunner, WorkerError, passes, queue_runner
+from labkit import Component, QueueRunner, WorkerError, passes
 from labkit.engine.handover import Handover
 from labkit.quiet import tf
 from tests.consumers import IN_SECONDS, wait_until
@@ -103,7 +103,7 @@ def test_a_function_that_comes_while_a_thread_waits_for_the_first_batch_gets_its
 
 @pytest.mark.parametrize("number", range(1, 8))
 def test_an_interrupt_ahead_of_the_op_that_takes_out_loses_nothing(monkeypatch, number):
-    real, calls, came = queue_runner.EagerQueue._dequeue, [], []
+    real, calls, came = passes.EagerQueue._dequeue, [], []
 
     def interrupted(queue):
         calls.append(1)
@@ -112,7 +112,7 @@ def test_an_interrupt_ahead_of_the_op_that_takes_out_loses_nothing(monkeypatch, 
             raise KeyboardInterrupt
         return real(queue)
 
-    monkeypatch.setattr(queue_runner.EagerQueue, "_dequeue", interrupted)
+    monkeypatch.setattr(passes.EagerQueue, "_dequeue", interrupted)
     with QueueRunner(numbered, capacity=32, **ORDERED) as runner:
         iterator = iter(runner.dataset())
         while len(came) < BATCHES:
@@ -248,7 +248,7 @@ def test_ctrl_c_while_tensorflow_traces_is_not_lost(monkeypatch):
 def test_ctrl_c_that_comes_while_a_pass_begins_ends_the_wait_for_its_first_batch(monkeypatch):
     leave = threading.Event()
 
-    class LateQueue(queue_runner.EagerQueue):
+    class LateQueue(passes.EagerQueue):
         def __init__(self, shape):
             os.kill(os.getpid(), signal.SIGINT)  # the main thread sits in native code
             time.sleep(0.2)
@@ -258,7 +258,7 @@ def test_ctrl_c_that_comes_while_a_pass_begins_ends_the_wait_for_its_first_batch
         leave.wait(IN_SECONDS)
         yield np.zeros(4)
 
-    monkeypatch.setattr(queue_runner, "EagerQueue", LateQueue)
+    monkeypatch.setattr(passes, "EagerQueue", LateQueue)
     began = time.monotonic()
     spec = Component("x", (), np.float64)
     with pytest.raises(KeyboardInterrupt):  # noqa: SIM117
