@@ -230,6 +230,38 @@ def test_batches_taken_ahead_are_trained_on_in_their_order(together, known, at_o
     assert 0 <= kept.epochs[0].share <= 1 and kept.epochs[0].measured < kept.epochs[0].seconds
 
 
+@pytest.mark.parametrize(("cold", "times"), [(0.02, 1), (5.0, 0)])
+def test_a_step_warms_up_where_batches_that_were_taken_ahead_let_it_rest(cold, times, monkeypatch):
+    made, warmed_up = [], []
+    monkeypatch.setattr(taking, "_COLD", cold)
+    monkeypatch.setattr(taking, "_warm_up", lambda: warmed_up.append(len(made)))
+
+    def late():
+        for number in range(20):
+            time.sleep(0.01)
+            made.append(number)
+            yield np.full((4, 4), number, np.float32)
+
+    data = tf.data.Dataset.from_generator(late, output_signature=tf.TensorSpec((4, 4)))
+    iterator = iter(untuned(data))
+    taker = taking.Taker(iterator, new_model())
+    taker.hold(iterator, 8)
+    assert taker.held == 8 and len(warmed_up) == times
+    assert all(number >= 8 for number in warmed_up)
+
+
+def test_warming_up_computes_and_draws_no_random_number(monkeypatch):
+    taking._computing.cache_clear()
+    monkeypatch.setattr(taking, "_WARM_UP", 0.01)
+    tf.keras.utils.set_random_seed(3)
+    expected = tf.random.normal([4]).numpy()
+    tf.keras.utils.set_random_seed(3)
+    began = time.perf_counter()
+    taking._warm_up()
+    assert time.perf_counter() - began >= 0.01
+    assert (tf.random.normal([4]).numpy() == expected).all()
+
+
 def test_what_fails_while_batches_are_taken_ahead_fails_at_its_own_step(at_once):
     model, kept, at = new_model(), labkit.watch(), BESIDE + 10
     with pytest.raises(tf.errors.InvalidArgumentError, match="the generator's own"):
