@@ -118,8 +118,12 @@ def model_fn(
         loss = tf.reduce_mean(losses)
         right = tf.equal(tf.argmax(logits, 1), tf.argmax(labels, 1))
         accuracy = tf.reduce_mean(tf.cast(right, tf.float32))
-        spec = {"logits": logits, "softmax": tf.nn.softmax(logits)}
-        spec |= {"loss": loss, "accuracy": accuracy}
+        spec = {
+            "logits": logits,
+            "softmax": tf.nn.softmax(logits),
+            "loss": loss,
+            "accuracy": accuracy,
+        }
         # Merged by name: merge_all would bring in the other graph's summaries, and running those
         # in validation would take a batch off the training queue.
         spec["summary_op"] = v1.summary.merge(
