@@ -29,7 +29,7 @@ EXCEPTIONS: dict[str, set[str]] = {
 }
 # Of which the race has 1,600: a contestant is what a user of that library would write, so it cannot
 # be shared; the law of files and functions holds for it as for all.
-TOO_MUCH_IN_ALL, TOO_MUCH_IN_THE_LESSON = 11_840, 20
+TOO_MUCH_IN_ALL, TOO_MUCH_IN_THE_LESSON = 11_848, 20
 
 READ_FIRST = ("data", "workloads", "queue_runner", "model", "train")
 LESSON = {*READ_FIRST, "cli"}

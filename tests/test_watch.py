@@ -2,6 +2,7 @@
 
 import gc
 import math
+import statistics
 import time
 from types import SimpleNamespace
 
@@ -374,6 +375,22 @@ def test_a_step_that_is_slower_while_data_are_made_counts_as_lost():
     assert slowing.in_a_row == 0 and not slowing.calls_to_hold(math.inf)
     slowing.note(0.001, calls=BESIDE)
     assert slowing.in_a_row == BESIDE and slowing.calls_to_hold(math.inf)
+
+
+@pytest.mark.parametrize("alone", [[0.003], [0.003, 0.001, 0.004, 0.002], [0.006, 0.008]])
+def test_where_calls_wait_the_comparisons_count_in_full(alone):
+    told = {}
+    for waited in (0.0, 0.01):  # seconds of all that is noted here, before and after
+        slowing = Slowing()
+        slowing.note(0.005, BESIDE, waited)
+        slowing = noted(slowing, [], alone[:1] * 16, [0.005] * 15)
+        for one in alone[1:]:
+            slowing = noted(slowing, [0.005], [one] * 16, [0.005] * 15)
+        slowing.note(0.005, 1, 10 * waited)
+        told[waited] = slowing.seconds
+    assert told[0.01] == pytest.approx(max(0.0, 0.005 - statistics.median(alone)))
+    assert told[0.0] <= told[0.01]
+    assert (told[0.0] < told[0.01]) == (len(alone) > 2)
 
 
 def test_more_is_held_where_the_cores_rest_while_data_are_made():

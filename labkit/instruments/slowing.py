@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 _STEPS, _LEAST = 16, 4  # to compare, and calls of which there have to be so many
 # Ahead of them, a few; and where the cores rest meanwhile, as many as take 0.15 s to wake them up.
-_WARM, _MOST_WARM, _WARM_SECONDS, _WAITED, _PART = 8, 80, 0.15, 0.05, 6
+_WARM, _MOST_WARM, _WARM_SECONDS, _PART = 8, 80, 0.15, 6
+_WAITED = 0.03  # of the time: more than that is no chance, and has data that are made meanwhile
 _SKIP = 2  # times as many as were held: they have what was stored meanwhile
 _KEPT = 25  # comparisons, of those that came last
 _ENOUGH = 2  # comparisons, to know how much is chance
@@ -51,6 +52,7 @@ class Slowing:
         self._least = math.inf  # difference to one of them
         self._before, self._alone = _Calls(), _Calls()
         self._usual = _Calls()  # since the last that were held
+        self._all = _Calls()  # but those
         self._spent, self._warming, self._skip, self._useless = 0.0, 0, 0, False
 
     @property
@@ -70,13 +72,18 @@ class Slowing:
 
     @property
     def seconds(self) -> float:
-        """More for a call that has not its batches already; 0 while unknown. Of one comparison it
-        is the least that a neighbour says; of more their median, shrunk by what may be chance as in
-        James and Stein's estimator (its positive part), which tells small from none without cutting
-        off what is large."""
-        if len(self._differences) < _ENOUGH:
-            return max(0.0, self._least) if self.known else 0.0
+        """More for a call that has not its batches already; 0 while unknown. Where calls wait, the
+        median of the comparisons, which errs to both sides. Where they do not, that could take
+        chance for a loss: of one comparison it is the least that a neighbour says; of more their
+        median, shrunk by what may be chance as in James and Stein's estimator (its positive part),
+        which tells small from none without cutting off what is large."""
+        if not self.known:
+            return 0.0
         more = statistics.median(self._differences)
+        if self._all.waited > _WAITED * (self._all.waited + self._all.seconds):
+            return max(0.0, more)
+        if len(self._differences) < _ENOUGH:
+            return max(0.0, self._least)
         # The standard error of a median is 1.25 times that of a mean.
         error = 1.25 * statistics.stdev(self._differences) / math.sqrt(len(self._differences))
         return max(0.0, more - error * error / more) if more > 0 else 0.0
@@ -130,6 +137,7 @@ class Slowing:
     def note(self, seconds: float, calls: int = 1, waited: float = 0.0) -> None:
         """Of each of some others, without the time to take their batches; which they all waited."""
         self._usual.add(calls, seconds, waited)
+        self._all.add(calls, seconds, waited)
         if self._alone.calls and self._usual.calls >= self._neighbours:
             self._compare()
 
